@@ -1,0 +1,149 @@
+"""Lazy, read-only access to the tensors of a Hugging Face checkpoint directory (safetensors only)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_PICKLED_PATTERNS = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint directory that is incomplete, damaged or in a format this package refuses to read."""
+
+
+def weight_files(directory: str | Path) -> list[Path]:
+    """
+    The safetensors files that hold the weights of a checkpoint, in shard order.
+
+    Args:
+        directory (`str` or `Path`): a directory with `model.safetensors`, or with `model.safetensors.index.json` and
+            the shards that it names.
+
+    Raises:
+        CheckpointError: no safetensors weights (pickled weights are named and refused), or a shard is missing.
+    """
+    directory = Path(directory)
+    index = directory / INDEX_FILE
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not a valid safetensors index: {error}.") from error
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{directory} lacks the weight file(s) {', '.join(missing)} that {INDEX_FILE} names."
+            )
+        return [directory / name for name in names]
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    pickled = sorted(path.name for pattern in _PICKLED_PATTERNS for path in directory.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{directory} holds only pickled weights ({', '.join(pickled)}), which can run code when they are loaded. "
+            "Convert them once in a place you trust: AutoModelForCausalLM.from_pretrained(path).save_pretrained(new)."
+        )
+    raise CheckpointError(f"{directory} holds no weights: expected {SINGLE_FILE} or {INDEX_FILE}.")
+
+
+class CheckpointReader:
+    """
+    Reads single tensors of a checkpoint by their parameter name, without loading the rest.
+
+    Names are those of the model's `state_dict()`. Checkpoints that were saved from the backbone alone (the Hub's
+    `gpt2` is one: `h.0...` where the model says `transformer.h.0...`) are read under the model's names.
+
+    Args:
+        directory (`str` or `Path`): the checkpoint.
+        base_model_prefix (`str`, *optional*, defaults to `""`): the model class's prefix of the backbone.
+
+    Raises:
+        CheckpointError: see [`weight_files`]; also for a file that is truncated or is not safetensors.
+    """
+
+    def __init__(self, directory: str | Path, base_model_prefix: str = "") -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.directory = Path(directory)
+        self._prefix = f"{base_model_prefix}." if base_model_prefix else ""
+        self._handles: list[Any] = []
+        self._owner: dict[str, Any] = {}
+        for path in weight_files(directory):
+            try:
+                handle = safe_open(path, framework="pt", device="cpu")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}).") from error
+            self._handles.append(handle)
+            self._owner.update(dict.fromkeys(handle.keys(), handle))
+
+    def _stored_name(self, name: str) -> str | None:
+        if name in self._owner:
+            return name
+        bare = name.removeprefix(self._prefix)
+        return bare if bare in self._owner else None
+
+    def __contains__(self, name: str) -> bool:
+        return self._stored_name(name) is not None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of tensor `name`, from the file's header alone."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of tensor `name`, from the file's header alone."""
+        import torch
+
+        names = {
+            "F64": torch.float64,
+            "F32": torch.float32,
+            "F16": torch.float16,
+            "BF16": torch.bfloat16,
+        }
+        stored = self._slice(name).get_dtype()
+        if stored not in names:
+            raise CheckpointError(
+                f"Tensor {name} in {self.directory} has dtype {stored}; only {', '.join(names)} are supported. "
+                "Save a dequantized checkpoint first."
+            )
+        return names[stored]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name` on the CPU in its stored dtype. Raises `CheckpointError` if the checkpoint lacks it."""
+        stored = self._require(name)
+        return self._owner[stored].get_tensor(stored)
+
+    def _slice(self, name: str) -> Any:
+        stored = self._require(name)
+        return self._owner[stored].get_slice(stored)
+
+    def _require(self, name: str) -> str:
+        stored = self._stored_name(name)
+        if stored is None:
+            raise CheckpointError(f"The checkpoint {self.directory} has no tensor {name}.")
+        return stored
+
+    def close(self) -> None:
+        """Release the files."""
+        self._owner.clear()
+        self._handles.clear()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+__all__ = ["CheckpointError", "CheckpointReader", "weight_files"]
