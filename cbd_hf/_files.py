@@ -106,12 +106,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     sync_directory(path.parent)
 
 
-def check_output_directory(directory: str | Path) -> Path:
+def check_output_directory(directory: str | os.PathLike[str]) -> Path:
     """
     The absolute path of a directory that may be written: one that does not exist or is empty.
 
     Args:
-        directory (`str` or `Path`): the wanted output directory.
+        directory (`str` or `os.PathLike`): the wanted output directory.
 
     Raises:
         FileExistsError: it is a file, or a directory that holds something.

@@ -74,7 +74,7 @@ def local_directory(
                 name,
                 revision=revision,
                 token=token,
-                cache_dir=cache_dir,
+                cache_dir=None if cache_dir is None else os.fspath(cache_dir),
                 allow_patterns=list(allow_patterns),
                 ignore_patterns=[*PICKLE_PATTERNS, *ignore_patterns],
             )

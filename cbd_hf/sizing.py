@@ -129,7 +129,10 @@ def _lattice(small: PretrainedConfig, large: PretrainedConfig, family: Family) -
 def _widths(a: Shape, b: Shape) -> Iterator[Shape]:
     """Shapes on the straight line from `a`'s width to `b`'s, in steps of one head, where heads come out whole."""
     if a.hidden != b.hidden:
-        steps = abs(b.hidden - a.hidden) / a.head_dim
+        # One head wide; where the anchors' distance is no multiple of that, one channel per head (transformers wants
+        # the hidden size to be a multiple of the heads).
+        difference = abs(b.hidden - a.hidden)
+        steps = difference / next(step for step in (a.head_dim, a.heads, 1) if difference % step == 0)
     elif a.heads != b.heads:
         steps = abs(b.heads - a.heads)
     else:

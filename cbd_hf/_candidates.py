@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import os
@@ -217,9 +216,10 @@ def _check_stock(model_type: Any, config_class: type | None, auto_map: Any, labe
             f"{label} needs remote code: its model_type {model_type!r} has no causal language model class in "
             f"Transformers and its config names its own ({auto_map}). A chain holds only stock architectures."
         )
+    of = "" if config_class is None else f" ({config_class.__name__})"
     raise ValueError(
-        f"{label} has model_type {model_type!r}, for which this version of Transformers has no causal language model "
-        "class. Give a model that AutoModelForCausalLM can load."
+        f"{label} has model_type {model_type!r}{of}, for which this version of Transformers has no causal language "
+        "model class. Give a model that AutoModelForCausalLM can load."
     )
 
 
@@ -264,34 +264,6 @@ def _check_weights(directory: Path, label: str, prefix: str, shapes: Mapping[str
         raise CheckpointError(f"{label}: {str(error).rstrip('.')}.") from error
 
 
-def check_family(candidate: Candidate, family: Mapping[str, Any], reference: str) -> None:
-    """
-    Raise a `ValueError` unless an anchor belongs to a chain's family.
-
-    Args:
-        candidate (`Candidate`): the anchor.
-        family (`Mapping`): the chain's [`Candidate.family`].
-        reference (`str`): the anchor that `family` was taken from, for the message.
-    """
-    mine = candidate.family()
-    advice = {
-        "model_type": "All anchors of a chain have the same architecture; another one is reached by a bridge.",
-        "vocab_size": "Resize the embeddings of one (model.resize_token_embeddings), or choose anchors that share it.",
-        "tie_word_embeddings": "Choose anchors that all tie their output embedding to the input's, or all do not.",
-    }
-    for key, hint in advice.items():
-        if mine[key] != family[key]:
-            what = "a different architecture, model_type" if key == "model_type" else key
-            raise ValueError(f"{candidate.label} has {what} {mine[key]!r}, but {reference} has {family[key]!r}. {hint}")
-    known = family.get("tokenizer_digest")
-    if mine["tokenizer_digest"] is not None and known is not None and mine["tokenizer_digest"] != known:
-        raise ValueError(
-            f"{candidate.label} has another tokenizer vocabulary ({len(candidate.vocabulary or ()):,} entries) than "
-            f"{reference}. Anchors must map the same tokens to the same ids: use the tokenizer that the chain's "
-            "models were trained with, or reach the other vocabulary by a bridge."
-        )
-
-
 def safe_name(name: str) -> str:
     """`name` as the name of a directory on any file system; never empty."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:80] or "anchor"
@@ -319,7 +291,7 @@ def write_candidate(
 
     Args:
         candidate (`Candidate`): the anchor, already checked.
-        directory (`Path`): where to; created.
+        directory (`Path`): where to; created if needed.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): saved if the anchor has none of its own.
 
     Returns:
@@ -328,7 +300,7 @@ def write_candidate(
     Raises:
         CheckpointError: a model was saved in a form that does not fit its config.
     """
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if isinstance(candidate.source, Path):
         for path in _checkpoint_files(candidate.source):
             shutil.copyfile(path, directory / path.name)
@@ -365,9 +337,10 @@ def _checkpoint_files(directory: Path) -> list[Path]:
 def _save_untouched(model: PreTrainedModel, directory: Path) -> None:
     # save_pretrained writes the dtype and the class name into the config of the model it saves.
     configs = [config for config in (model.config, getattr(model, "generation_config", None)) if config is not None]
-    before = [copy.deepcopy(config.__dict__) for config in configs]
+    before = [dict(config.__dict__) for config in configs]
     try:
-        model.save_pretrained(directory)
+        # The class's method: CBDModel gives its instances one that also writes a tokenizer.
+        type(model).save_pretrained(model, directory)
     finally:
         for config, state in zip(configs, before, strict=True):
             config.__dict__.clear()
@@ -376,7 +349,6 @@ def _save_untouched(model: PreTrainedModel, directory: Path) -> None:
 
 __all__ = [
     "Candidate",
-    "check_family",
     "config_digest",
     "describe_files",
     "has_tokenizer",

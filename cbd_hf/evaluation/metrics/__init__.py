@@ -1,0 +1,1 @@
+"""Metric modules that `evaluate.load` takes by path."""

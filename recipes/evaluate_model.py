@@ -1,0 +1,16 @@
+"""
+Held-out loss (nats per token, bits per byte) and Rouge-L of a model by the published instruction-following protocol.
+
+Hardware: one GPU, or a CPU for small models (five seeds of 256 sampled tokens for each example take the time).
+
+    python recipes/evaluate_model.py --config recipes/configs/evaluate.yaml --model_name_or_path my-target-dolly \
+        --output_file my-target-dolly.json
+
+One process; options on the command line override the YAML file: `--dataset my.jsonl`, `--seeds 10`, `--texts my.txt`.
+"""
+
+from cbd_hf.commands.evaluate import main
+
+
+if __name__ == "__main__":
+    main()
