@@ -33,20 +33,21 @@ def weight_files(directory: str | Path) -> list[Path]:
         CheckpointError: no safetensors weights (pickled weights are named and refused), or a shard is missing.
     """
     directory = Path(directory)
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
     index = directory / INDEX_FILE
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         except (json.JSONDecodeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{index} is not a valid safetensors index: {error}.") from error
+        outside = [name for name in names if Path(name).name != name]
+        if outside:
+            raise CheckpointError(f"{index} names files outside the checkpoint: {', '.join(outside)}.")
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise CheckpointError(
-                f"{directory} lacks the weight file(s) {', '.join(missing)} that {INDEX_FILE} names."
-            )
+            raise CheckpointError(f"{directory} lacks the weight file(s) {', '.join(missing)} named in {INDEX_FILE}.")
         return [directory / name for name in names]
-    if (directory / SINGLE_FILE).is_file():
-        return [directory / SINGLE_FILE]
     pickled = sorted(path.name for pattern in _PICKLED_PATTERNS for path in directory.glob(pattern))
     if pickled:
         raise CheckpointError(

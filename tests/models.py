@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -12,6 +17,7 @@ from transformers import (
     MistralConfig,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
 )
@@ -57,6 +63,44 @@ def random_model(config: PretrainedConfig, seed: int = 0, std: float = 0.3) -> P
             offset = 1.0 if "norm" in name or ".ln_" in name and name.endswith("weight") else 0.0
             parameter.copy_(torch.randn_like(parameter) * std + offset)
     return model
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<' + m['role'] + '> ' + m['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant> ' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """A word-level tokenizer of `VOCAB` tokens, w4 ... w60 and the chat template's markers."""
+    special = ["<bos>", "<eos>", "<user>", "<assistant>", "<end>", "<unk>"]
+    words = [f"w{index}" for index in range(VOCAB - len(special))]
+    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(special + words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        additional_special_tokens=["<user>", "<assistant>", "<end>"],
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def words(rng: random.Random, count: int) -> str:
+    """`count` random words of [`tiny_tokenizer`]."""
+    return " ".join(f"w{rng.randrange(VOCAB - 6)}" for _ in range(count))
+
+
+def answers_dataset(rows: int = 16, seed: int = 0) -> Dataset:
+    """`prompt` and `completion`, with uneven lengths."""
+    rng = random.Random(seed)
+    return Dataset.from_list(
+        [
+            {"prompt": words(rng, rng.randint(1, 9)), "completion": " " + words(rng, rng.randint(1, 12))}
+            for _ in range(rows)
+        ]
+    )
 
 
 def random_tokens(rows: int = 3, length: int = 16, seed: int = 0) -> torch.Tensor:

@@ -1,0 +1,83 @@
+"""Which columns a distillation dataset has, and chat turns as supervised tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def dataset_kind(columns: list[str], text_field: str = "text") -> str:
+    """
+    `"tokens"`, `"answers"`, `"messages"` or `"text"`, by the columns of a dataset.
+
+    Raises:
+        ValueError: none of the accepted sets of columns is there.
+    """
+    if "input_ids" in columns:
+        return "tokens"
+    if {"prompt", "completion"} <= set(columns):
+        return "answers"
+    if "messages" in columns:
+        return "messages"
+    if text_field in columns:
+        return "text"
+    raise ValueError(
+        f"The dataset has the columns {sorted(columns)}; distillation needs one of: {text_field!r} (plain text; "
+        "dataset_text_field names another column), 'prompt' and 'completion', 'messages', or 'input_ids' (with "
+        "'labels'). Rename or map the columns first."
+    )
+
+
+def tokenize_turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """
+    One conversation as `input_ids` and `labels`, with every assistant turn supervised and all else `-100`.
+
+    A turn is what the chat template adds between the generation prompt and the end of the turn, so the end-of-turn
+    token is learnt; no `{% generation %}` markers are needed.
+
+    Raises:
+        ValueError: there is no assistant turn, or the template renders earlier turns differently once later ones
+            follow, so that a turn cannot be told from the text.
+    """
+
+    def render(turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
+        encoded = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    input_ids = render(messages)
+    labels = [IGNORED] * len(input_ids)
+    assistant = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not assistant:
+        raise ValueError("A conversation in 'messages' has no assistant turn, so there is nothing to supervise.")
+    for index in assistant:
+        start = render(messages[:index], add_generation_prompt=True)
+        end = render(messages[: index + 1])
+        if input_ids[: len(start)] != start or input_ids[: len(end)] != end:
+            raise ValueError(
+                f"The chat template renders turn {index} differently inside the conversation than alone, so its "
+                "tokens cannot be told apart. Give 'prompt' and 'completion' columns, or completion_only_loss=False."
+            )
+        labels[len(start) : len(end)] = input_ids[len(start) : len(end)]
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def supervise_turns(
+    dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, **map_options: Any
+) -> Dataset | IterableDataset:
+    """[`tokenize_turns`] over a dataset with a `messages` column."""
+    return dataset.map(
+        lambda example: tokenize_turns(example["messages"], tokenizer),
+        remove_columns=dataset.column_names,
+        **map_options,
+    )
+
+
+__all__ = ["IGNORED", "dataset_kind", "supervise_turns", "tokenize_turns"]
