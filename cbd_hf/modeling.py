@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbd_hf.chain import AdjacentPair, Anchor, DistillationChain
 from cbd_hf.checkpoint import CheckpointReader
-from cbd_hf.initializers import INITIALIZERS, RANDOM, Blueprint, TensorSource
+from cbd_hf.initializers import INITIALIZERS, RANDOM, Blueprint, assemble
 from cbd_hf.layout import check_same_family, config_with_shape, count_parameters, meta_model, shape_of
 from cbd_hf.sizing import default_alpha, plan_config
 from cbd_hf.transforms import EXPANSIONS, Expansion, Trans, align_layers, resized_eps
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "cbd"
 """The one key under which a target's config records how it was made."""
+
+_TOKENIZER = "_cbd_tokenizer"
 
 
 class CBDModel:
@@ -75,7 +77,8 @@ class CBDModel:
         _check_options(n_params, config, alpha, initializer, expansion)
         if not isinstance(chain, DistillationChain):
             chain = DistillationChain.from_pretrained(chain, revision=revision, token=token, cache_dir=cache_dir)
-        size = n_params if n_params is not None else count_parameters(config)
+        size = count_parameters(config) if config is not None else n_params
+        assert size is not None  # one of the two is given, checked above
         pair = chain.adjacent(size)
         if pair.small is pair.large and config is None and initializer != RANDOM:
             model = pair.small.load_model(dtype=dtype or "auto")
@@ -146,12 +149,12 @@ def _build(
         if initializer == RANDOM:
             return _random_model(config, dtype, seed)
         maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers, *_correspondence(chain, pair))
-        sides = [
+        small_side, large_side = (
             Trans(reader, family, shape, target, layers, expansion)
             for reader, shape, layers in zip((small_reader, large_reader), shapes, maps, strict=True)
-        ]
-        blueprint = Blueprint(config, family, *sides, alpha=alpha, seed=seed)
-        return _fill_model(config, dtype, INITIALIZERS[initializer](blueprint))
+        )
+        blueprint = Blueprint(config, family, small_side, large_side, alpha, seed)
+        return assemble(config, dtype, INITIALIZERS[initializer](blueprint))
 
 
 def _correspondence(chain: DistillationChain, pair: AdjacentPair) -> tuple[list[int] | None, list[int] | None]:
@@ -177,28 +180,6 @@ def _random_model(config: PretrainedConfig, dtype: Any, seed: int) -> PreTrained
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
-def _fill_model(config: PretrainedConfig, dtype: Any, source: TensorSource) -> PreTrainedModel:
-    """Allocate the target without initialising it, then write its parameters in place, one at a time."""
-    import torch
-    from tqdm.auto import tqdm
-    from transformers import AutoModelForCausalLM
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.tie_weights()
-    parameters = list(model.named_parameters())
-    size = sum(parameter.numel() for _, parameter in parameters)
-    with (
-        torch.no_grad(),
-        tqdm(total=size, desc="Initialising", unit="param", unit_scale=True, disable=size < 5e8) as bar,
-    ):
-        for name, parameter in parameters:
-            parameter.copy_(source(name))
-            bar.update(parameter.numel())
-    return model
-
-
 def _finish(model: PreTrainedModel, pair: AdjacentPair, tokenizer: PreTrainedTokenizerBase | None) -> None:
     model.eval()
     generation = _generation_config(pair.small) or _generation_config(pair.large)
@@ -206,8 +187,8 @@ def _finish(model: PreTrainedModel, pair: AdjacentPair, tokenizer: PreTrainedTok
         model.generation_config = generation
     if tokenizer is not None:
         # Bound methods survive deepcopy and stay with the instance; the class stays the stock one.
-        model._cbd_tokenizer = tokenizer
-        model.save_pretrained = types.MethodType(_save_with_tokenizer, model)  # type: ignore[method-assign]
+        vars(model)[_TOKENIZER] = tokenizer
+        vars(model)["save_pretrained"] = types.MethodType(_save_with_tokenizer, model)
 
 
 def _generation_config(anchor: Anchor) -> Any:
@@ -222,7 +203,7 @@ def _save_with_tokenizer(self: PreTrainedModel, save_directory: str | Path, *arg
     """The stock `save_pretrained`, then the chain's tokenizer if the directory has none."""
     type(self).save_pretrained(self, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and not (Path(save_directory) / "tokenizer_config.json").exists():
-        self._cbd_tokenizer.save_pretrained(save_directory)
+        vars(self)[_TOKENIZER].save_pretrained(save_directory)
 
 
 __all__ = ["CONFIG_KEY", "CBDModel"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import importlib.util
 import logging
@@ -14,8 +15,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -89,8 +88,8 @@ def load_split(
         raise ValueError(f"The number of rows to load must be at least 1, got {max_rows}.")
     path = Path(source).expanduser()
     if path.is_file():
-        # The path without its braces and stars: load_dataset would read them as a pattern.
-        loaded = load_dataset(_builder(path), data_files=_escape(path), split="train", **options)
+        # Escaped: load_dataset would read stars and brackets of the name as a pattern.
+        loaded = load_dataset(_builder(path), data_files=glob.escape(str(path)), split="train", **options)
     elif path.is_dir():
         loaded = _load_directory(path, split, options)
     elif _looks_like_path(str(source)):
@@ -114,12 +113,6 @@ def _builder(path: Path) -> str:
     return _BUILDERS[suffixes[-1]]
 
 
-def _escape(path: Path) -> str:
-    import glob
-
-    return glob.escape(str(path))
-
-
 def _load_directory(path: Path, split: str, options: dict[str, Any]) -> Dataset:
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -133,17 +126,12 @@ def _load_directory(path: Path, split: str, options: dict[str, Any]) -> Dataset:
     return loaded[split]
 
 
-def _stream_rows(source: str, split: str, max_rows: int, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    from datasets import load_dataset
-
-    yield from islice(load_dataset(source, split=split, streaming=True, **options), max_rows)
-
-
 def _take_streamed(source: str, split: str, max_rows: int, options: dict[str, Any]) -> Dataset:
-    from datasets import Dataset
+    from datasets import Dataset, load_dataset
 
-    rows = {"source": source, "split": split, "max_rows": max_rows, "options": options}
-    return Dataset.from_generator(_stream_rows, gen_kwargs=rows)
+    stream = load_dataset(source, split=split, streaming=True, **options)
+    # In memory: from_generator would answer from its cache after the data set on the Hub has changed.
+    return Dataset.from_list(list(islice(stream, max_rows)), features=stream.features)
 
 
 def _looks_like_path(source: str) -> bool:

@@ -47,7 +47,7 @@ def tokenize_turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenize
     """
 
     def render(turns: list[dict[str, Any]], add_generation_prompt: bool = False) -> list[int]:
-        encoded = tokenizer.apply_chat_template(
+        encoded: Any = tokenizer.apply_chat_template(
             turns, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True
         )
         return list(encoded["input_ids"])

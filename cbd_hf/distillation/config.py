@@ -72,6 +72,14 @@ class StepwiseDistillationConfig(GKDConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and has_accelerator and not self.use_cpu
         super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raise a `ValueError` for an option out of its range; again where options are changed later."""
+        if not 0 <= self.lmbda <= 1:
+            raise ValueError(f"lmbda={self.lmbda} is outside [0, 1]: 0 trains on the dataset alone.")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta={self.beta} is outside [0, 1]: 0 is forward KL, 1 reverse KL.")
         if self.objective not in DIVERGENCES:
             raise ValueError(f"objective={self.objective!r} is unknown; choose one of {sorted(DIVERGENCES)}.")
         if not 0 <= self.cross_entropy_weight <= 1:
@@ -80,7 +88,9 @@ class StepwiseDistillationConfig(GKDConfig):
                 "1 on the data alone."
             )
         if self.temperature <= 0:
-            raise ValueError(f"temperature={self.temperature} must be greater than 0; 1 leaves the logits as they are.")
+            raise ValueError(
+                f"temperature={self.temperature} must be greater than 0; 1 leaves the logits as they are."
+            )
         if self.max_prompt_length < 1:
             raise ValueError(f"max_prompt_length={self.max_prompt_length} must be at least 1.")
         if not self.average_tokens_across_devices:

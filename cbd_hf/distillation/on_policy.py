@@ -43,7 +43,7 @@ class KeyedSampling(LogitsProcessor):
         self.prompt_width = prompt_width
         self.temperature = temperature
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         position = input_ids.shape[1] - self.prompt_width
         noise = torch.empty(scores.shape, dtype=torch.float32)
         for row, key in enumerate(self.keys):
@@ -69,7 +69,7 @@ def sample_completions(
     input_ids = pad(rows, padding_value=pad_token_id, padding_side="left").to(device)
     attention_mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
     width = input_ids.shape[1]
-    generated = model.generate(
+    generated: Any = model.generate(  # type: ignore[operator]
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=GenerationConfig(

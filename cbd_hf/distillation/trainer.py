@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import EvalPrediction, TrainerCallback
 
-AnyDataset = Dataset | IterableDataset
+AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
 class StepwiseDistillationTrainer(GKDTrainer):
@@ -61,7 +61,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
     _tag_names = ["trl", "gkd", "cbd"]
     _name = "Stepwise Distillation"
     # The loss is already divided by the tokens of the whole accumulated batch.
-    loss_is_scaled_for_ga = True
+    loss_is_scaled_for_ga: bool | None = True  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -147,7 +147,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
             kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
             if kind == "text" and args.lmbda > 0:
                 raise ValueError(
-                    f"lmbda={args.lmbda} samples answers to prompts, but the dataset is plain text. Use a dataset with "
+                    f"lmbda={args.lmbda} samples answers to prompts, but the dataset is plain text. Use one with "
                     "'prompt' and 'completion' or 'messages', or set lmbda=0."
                 )
         if args.lmbda > 0 and args.packing:
@@ -190,9 +190,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
         prompts = [
             [
                 prompt_of(row[mask.bool()].tolist(), labels[mask.bool()].tolist(), self.args.max_prompt_length)
-                for row, labels, mask in zip(
-                    batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True
-                )
+                for row, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True)
             ]
             for batch in batches
         ]

@@ -1,5 +1,6 @@
 """Every way to make a target's weights, by name and behind one interface."""
 
+from cbd_hf.initializers.assemble import assemble
 from cbd_hf.initializers.base import Blueprint, Initializer, TensorSource
 from cbd_hf.initializers.chain import interpolate
 from cbd_hf.initializers.single import cut, expand
@@ -10,4 +11,14 @@ INITIALIZERS: dict[str, Initializer] = {"chain": interpolate, "cut": cut, "expan
 
 RANDOM = "random"
 
-__all__ = ["INITIALIZERS", "RANDOM", "Blueprint", "Initializer", "TensorSource", "cut", "expand", "interpolate"]
+__all__ = [
+    "INITIALIZERS",
+    "RANDOM",
+    "Blueprint",
+    "Initializer",
+    "TensorSource",
+    "assemble",
+    "cut",
+    "expand",
+    "interpolate",
+]

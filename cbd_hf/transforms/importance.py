@@ -76,7 +76,6 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[torch.Tensor]) 
 @contextmanager
 def _recorded_inputs(model: PreTrainedModel, sums: dict[str, torch.Tensor]) -> Iterator[None]:
     """Sum, under `"norm <module>"`, `"query <layer>"` and `"ffn <layer>"`, the squared inputs of those modules."""
-    import torch
 
     family = get_family(model.config)
     modules = dict(model.named_modules())
@@ -104,7 +103,12 @@ def _recorded_inputs(model: PreTrainedModel, sums: dict[str, torch.Tensor]) -> I
             (role,) = spec.axes[dim].roles
             length = module.weight.detach().float().square().sum(1 - dim)
 
-            def on_output(module: torch.nn.Module, args: tuple, key: str = f"{role} {layer}", length=length) -> None:
+            def on_output(
+                module: torch.nn.Module,
+                args: tuple,
+                key: str = f"{role} {layer}",
+                length: torch.Tensor = length,
+            ) -> None:
                 add(key, args[0].detach().float().flatten(0, -2).square().sum(0) * length)
 
             handles.append(module.register_forward_pre_hook(on_output))

@@ -19,7 +19,7 @@ from ..test_clients import SENTENCES, make_target, write_lines
 
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-QUICK = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--max_length", "128", "--learning_rate", "1e-2"]
+QUICK = ["--max_steps", "3", "--per_device_train_batch_size", "2", "--max_length", "256", "--learning_rate", "1e-2"]
 QUICK += [
     "--report_to",
     "none",
@@ -70,7 +70,16 @@ def test_resumes(files: Path, tmp_path: Path) -> None:
 def test_adapter_and_merged_model(files: Path, tmp_path: Path) -> None:
     output = tmp_path / "adapter"
     main(
-        [*command(files, output), "--use_peft", "--merge_adapter", "--lora_r", "2", "--lora_target_modules", "q_proj"]
+        [
+            *command(files, output),
+            "--use_peft",
+            "--merge_adapter",
+            "--lora_r",
+            "2",
+            "--lora_target_modules",
+            "q_proj",
+            "v_proj",
+        ]
     )
     assert (output / "adapter_model.safetensors").is_file() and not (output / "model.safetensors").exists()
     adapted = AutoModelForCausalLM.from_pretrained(output)

@@ -67,7 +67,7 @@ def test_end_token_of_the_checkpoint_ends_an_answer(
     assert answer == tokenizer.decode([first], skip_special_tokens=True).strip()
 
 
-def test_no_run_of_tokens_repeats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_protocol_reaches_generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     calls: list[dict[str, Any]] = []
     generate = model.generate
     model.generate = lambda **options: calls.append(options) or generate(**options)

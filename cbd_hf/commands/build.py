@@ -1,0 +1,23 @@
+"""`cbd build`: distil a chain of anchors from a source model."""
+
+from collections.abc import Sequence
+
+from cbd_hf.distillation.builder import build_chain
+from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.recipe import BuildArguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Build the chain of `--config recipe.yaml`, with overrides on the command line; run again to resume."""
+    from trl import TrlParser
+
+    from cbd_hf.commands.inspect import format_chain
+
+    parser = TrlParser((BuildArguments, StepwiseDistillationConfig), prog="cbd build", description=main.__doc__)
+    args, training = parser.parse_args_and_config(argv)
+    chain = build_chain(args, training)
+    if training.process_index == 0:
+        print(format_chain(chain))
+
+
+__all__ = ["main"]

@@ -1,0 +1,133 @@
+"""Cut the next anchor out of the previous one: its start before distillation (research: "one basis")."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cbd_hf.checkpoint import CheckpointReader
+from cbd_hf.initializers import assemble
+from cbd_hf.layout import Shape, config_with_shape, get_family, shape_of
+from cbd_hf.sizing import plan_cut
+from cbd_hf.transforms import LayerMap, Trans, resized_eps
+from cbd_hf.transforms.basis import sort_by_importance
+from cbd_hf.transforms.importance import least_important_layers, measure_importance
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+SHAPE_OPTIONS = {
+    "hidden_size": "hidden",
+    "intermediate_size": "ffn",
+    "num_attention_heads": "heads",
+    "num_hidden_layers": "layers",
+    "num_key_value_heads": "kv_heads",
+}
+"""Option of an anchor -> dimension; the standard names, for every family."""
+
+
+def cut_config(config: PretrainedConfig, options: Mapping[str, Any]) -> PretrainedConfig:
+    """
+    The config of an anchor cut from one with `config`.
+
+    Args:
+        config (`PretrainedConfig`): of the anchor to cut.
+        options (`Mapping`): any of `SHAPE_OPTIONS`, and `n_params`, which then sets the number of layers. A narrower
+            `hidden_size` takes the FFN along in proportion, and the heads where they come out whole.
+
+    Raises:
+        ValueError: an unknown option, a dimension larger than the anchor's, or nothing to cut.
+    """
+    unknown = set(options) - set(SHAPE_OPTIONS) - {"n_params"}
+    if unknown:
+        raise ValueError(
+            f"Unknown shape option(s) {sorted(unknown)}; an anchor is cut by {sorted([*SHAPE_OPTIONS, 'n_params'])}."
+        )
+    family = get_family(config)
+    shape = shape_of(config, family)
+    wanted = {SHAPE_OPTIONS[name]: int(value) for name, value in options.items() if name != "n_params"}
+    if "layers" in wanted and "n_params" in options:
+        raise ValueError("Give either num_hidden_layers or n_params for an anchor, and not both.")
+    cut = replace(shape, **(_narrowed(shape, wanted.get("hidden", shape.hidden), family.heads_fill_hidden) | wanted))
+    larger = [name for name, field in SHAPE_OPTIONS.items() if getattr(cut, field) > getattr(shape, field)]
+    if larger:
+        raise ValueError(f"An anchor is cut from a larger one, but {larger[0]} would grow: choose at most its value.")
+    result = config_with_shape(config, cut, family)
+    if "n_params" in options:
+        result = plan_cut(result, float(options["n_params"]))
+    if shape_of(result, family) == shape:
+        raise ValueError(f"The anchor {dict(options)} is as large as the one it is cut from: choose a smaller shape.")
+    return result
+
+
+def _narrowed(shape: Shape, hidden: int, heads_fill_hidden: bool) -> dict[str, int]:
+    if hidden == shape.hidden:
+        return {}
+    values = {"hidden": hidden, "ffn": round(shape.ffn * hidden / shape.hidden)}
+    heads, kv_heads = (count * hidden / shape.hidden for count in (shape.heads, shape.kv_heads))
+    if heads_fill_hidden or (heads.is_integer() and kv_heads.is_integer()):
+        values |= {"heads": int(heads), "kv_heads": int(kv_heads)}
+    return values
+
+
+def changes_width(config: PretrainedConfig, options: Mapping[str, Any]) -> bool:
+    """Whether an anchor with these shape options is narrower than `config`."""
+    family = get_family(config)
+    return replace(shape_of(cut_config(config, options), family), layers=0) != replace(
+        shape_of(config, family), layers=0
+    )
+
+
+def sorted_checkpoint(checkpoint: str | Path, calibration: Iterable[torch.Tensor], output_dir: str | Path) -> None:
+    """Save a checkpoint's model with its coordinates sorted by importance: the same function, cut by prefixes."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    sort_by_importance(model, measure_importance(model, calibration))
+    model.save_pretrained(output_dir)
+
+
+def cut_checkpoint(
+    checkpoint: str | Path, config: PretrainedConfig, calibration: Iterable[torch.Tensor], output_dir: str | Path
+) -> dict[str, list[int]]:
+    """
+    Save the part of a checkpoint that fits a smaller config.
+
+    The layers that turn the residual stream least on the calibration text go, consecutive ones in the middle; in
+    width the first coordinates stay, which are the important ones where the source was sorted.
+
+    Args:
+        checkpoint (`str` or `Path`): a local directory.
+        config (`PretrainedConfig`): of the result.
+        calibration (`Iterable[torch.Tensor]`): token ids, int64, shape (rows, length).
+        output_dir (`str` or `Path`): where to save.
+
+    Returns:
+        `dict[str, list[int]]`: `layers` that stayed, and `removed` ones, in the order of their removal.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    family = get_family(model.config)
+    source, target = shape_of(model.config, family), shape_of(config, family)
+    removed = least_important_layers(measure_importance(model, calibration), source.layers - target.layers)
+    prefix = model.base_model_prefix
+    eps = getattr(model.config, family.eps_field)
+    del model
+    kept = [layer for layer in range(source.layers) if layer not in removed]
+    setattr(config, family.eps_field, resized_eps(eps, source, target))
+    with CheckpointReader(checkpoint, prefix) as reader:
+        trans = Trans(reader, family, source, target, LayerMap(tuple(kept), (False,) * len(kept)))
+        student = assemble(config, torch.float32, trans.tensor)
+    if (Path(checkpoint) / "generation_config.json").is_file():
+        student.generation_config = GenerationConfig.from_pretrained(checkpoint)
+    student.save_pretrained(output_dir)
+    return {"layers": kept, "removed": removed}
+
+
+__all__ = ["SHAPE_OPTIONS", "changes_width", "cut_checkpoint", "cut_config", "sorted_checkpoint"]

