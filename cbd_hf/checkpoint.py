@@ -38,9 +38,11 @@ def weight_files(directory: str | Path) -> list[Path]:
     index = directory / INDEX_FILE
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is not a valid safetensors index: {error}.") from error
+        if not names or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{index} is not a valid safetensors index: its weight_map must name files.")
         outside = [name for name in names if Path(name).name != name]
         if outside:
             raise CheckpointError(f"{index} names files outside the checkpoint: {', '.join(outside)}.")
@@ -119,7 +121,12 @@ class CheckpointReader:
         return names[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """Tensor `name` on the CPU in its stored dtype. Raises `CheckpointError` if the checkpoint lacks it."""
+        """
+        Tensor `name` on the CPU in its stored dtype. It maps the file: a change in place would be seen by later reads.
+
+        Raises:
+            CheckpointError: the checkpoint lacks it.
+        """
         stored = self._require(name)
         return self._owner[stored].get_tensor(stored)
 

@@ -145,7 +145,8 @@ def _build(
     )
     prefix = meta_model(config).base_model_prefix
     with CheckpointReader(small.path, prefix) as small_reader, CheckpointReader(large.path, prefix) as large_reader:
-        dtype = dtype or small_reader.dtype(_embedding_name(config))
+        if dtype in (None, "auto"):
+            dtype = small_reader.dtype(_embedding_name(config))
         if initializer == RANDOM:
             return _random_model(config, dtype, seed)
         maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers, *_correspondence(chain, pair))

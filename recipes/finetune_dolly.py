@@ -7,11 +7,16 @@ Hardware: one 24 GB GPU for models up to 1B parameters; runs on a CPU for models
         --model_name_or_path my-target --output_dir my-target-dolly
 
 Options on the command line override the YAML file: `--dataset my.jsonl`, `--num_train_epochs 1`, `--use_peft`.
-Evaluate with recipes/evaluate_model.py and the same eval_size and split_seed.
+Evaluate with recipes/evaluate.py and the same eval_size and split_seed. `cbd finetune` is the same in one process.
 """
 
-from cbd_hf.commands.finetune import main
+import sys
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        sys.path.pop(0)  # this folder, whose evaluate.py would hide the `evaluate` library
+
+    from cbd_hf.commands.finetune import main
+
     main()

@@ -1,6 +1,7 @@
 """`cbd build`: distil a chain of anchors from a source model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from cbd_hf.distillation.builder import build_chain
 from cbd_hf.distillation.config import StepwiseDistillationConfig
@@ -13,7 +14,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from cbd_hf.commands.inspect import format_chain
 
-    parser = TrlParser((BuildArguments, StepwiseDistillationConfig), prog="cbd build", description=main.__doc__)
+    classes: Any = (BuildArguments, StepwiseDistillationConfig)
+    parser = TrlParser(classes, prog="cbd build", description=main.__doc__)
     args, training = parser.parse_args_and_config(argv)
     chain = build_chain(args, training)
     if training.process_index == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 
@@ -44,7 +44,7 @@ def format_chain(chain: DistillationChain) -> str:
     from cbd_hf.report.tables import format_table
     from cbd_hf.sizing import format_size
 
-    columns = {
+    columns: dict[str, Callable[[Any], str]] = {
         "name": str,
         "n_params": lambda value: f"{value:,} ({format_size(value)})",
         "layers": str,

@@ -43,7 +43,7 @@ class KeyedSampling(LogitsProcessor):
         self.prompt_width = prompt_width
         self.temperature = temperature
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1] - self.prompt_width
         noise = torch.empty(scores.shape, dtype=torch.float32)
         for row, key in enumerate(self.keys):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_teacher(name_or_path: str, init_kwargs: dict[str, Any] | None, trust_remote_code: bool) -> PreTrainedModel:
+def load_teacher(name_or_path: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedModel:
     """`AutoModelForCausalLM.from_pretrained` with `teacher_model_init_kwargs`, whose `dtype` may be a name."""
     kwargs = dict(init_kwargs or {})
     dtype = kwargs.get("dtype")

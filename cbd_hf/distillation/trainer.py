@@ -58,6 +58,10 @@ class StepwiseDistillationTrainer(GKDTrainer):
         ValueError: no teacher, a teacher of another tokenizer, or a dataset without the needed columns.
     """
 
+    args: StepwiseDistillationConfig
+    model: PreTrainedModel
+    processing_class: PreTrainedTokenizerBase
+
     _tag_names = ["trl", "gkd", "cbd"]
     _name = "Stepwise Distillation"
     # The loss is already divided by the tokens of the whole accumulated batch.
@@ -95,7 +99,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
         if args.lmbda > 0 and data_collator is None:
             # Samples replace whole examples, which a padding-free collator could not take apart.
             data_collator = DataCollatorForLanguageModeling(
-                pad_token_id=processing_class.pad_token_id, pad_to_multiple_of=args.pad_to_multiple_of
+                pad_token_id=processing_class.pad_token_id,
+                pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
             )
         # Not GKDTrainer's own __init__: it skips the dataset's preparation, refuses padded vocabularies and reads
         # temperature as a sampling option only.
@@ -156,8 +161,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
     def _prepare_dataset(
         self,
         dataset: AnyDataset,
-        processing_class: PreTrainedTokenizerBase,
-        args: StepwiseDistillationConfig,
+        processing_class: Any,
+        args: Any,
         packing: bool,
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
@@ -209,7 +214,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,  # type: ignore[arg-type]
             ) as student,
         ):
             student.eval()
@@ -221,7 +226,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
         return [self._prepare_inputs(batch) for batch in sampled]
 
     def training_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | None = None
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. Not GKDTrainer's, which would sample again, after the tokens have been counted."""
         return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
@@ -231,7 +236,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
         model: torch.nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """
         Sum of the objective over this micro-batch's supervised tokens / their number in the global batch.
@@ -291,16 +296,19 @@ class StepwiseDistillationTrainer(GKDTrainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
             config = type(student.config).from_dict(student.config.to_dict() | {"use_cache": True})
-            base = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+            base: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
             base.generation_config = student.generation_config
             if hasattr(student, "peft_config"):
                 from peft import get_peft_model
 
-                merged = get_peft_model(base, student.active_peft_config, autocast_adapter_dtype=False)
+                merged: Any = get_peft_model(base, student.active_peft_config, autocast_adapter_dtype=False)
                 merged.load_state_dict(state)
                 base = merged.merge_and_unload()
             else:
-                base.load_state_dict(state, strict=not config.tie_word_embeddings)
+                loaded = base.load_state_dict(state, strict=False)  # a tied head may be missing, nothing else
+                missing = {name for name, _ in base.named_parameters()} & set(loaded.missing_keys)
+                if missing or loaded.unexpected_keys:
+                    raise RuntimeError(f"Gathering the student lost {missing} and added {loaded.unexpected_keys}.")
             base.save_pretrained(output_dir)
             self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()

@@ -24,7 +24,8 @@ def interpolate(blueprint: Blueprint) -> TensorSource:
         large = blueprint.large.tensor(name)
         if alpha == 0:
             return large
-        return blueprint.small.tensor(name, fill=large).mul_(alpha).add_(large, alpha=1 - alpha)
+        small = blueprint.small.tensor(name, fill=large)  # may be `large` itself, so nothing is changed in place
+        return small.mul(alpha).add_(large, alpha=1 - alpha)
 
     return tensor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cbd_hf.initializers.base import Blueprint, TensorSource
@@ -22,14 +23,16 @@ def expand(blueprint: Blueprint) -> TensorSource:
 
     std = getattr(blueprint.config, "initializer_range", 0.02)
     generator = torch.Generator().manual_seed(blueprint.seed)
+    # What leads up to the output projections is, in an inserted layer too, the neighbour's and not noise alone.
+    copies = replace(blueprint.small, expansion="replicate")
 
     def tensor(name: str) -> torch.Tensor:
         spec = blueprint.family.spec(name)
         shape = [sum(blueprint.small.target.size_of(role) for role in axis.roles) for axis in spec.axes]
         lacks_width = blueprint.small.source != blueprint.small.target and len(shape) > 1 and spec.free
-        if not lacks_width or blueprint.small.inserted(name):
+        if not lacks_width:
             return blueprint.small.tensor(name)
-        return blueprint.small.tensor(name, fill=torch.randn(shape, generator=generator).mul_(std))
+        return copies.tensor(name, fill=torch.randn(shape, generator=generator).mul_(std))
 
     return tensor
 

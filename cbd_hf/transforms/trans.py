@@ -48,7 +48,8 @@ class Trans:
 
     def tensor(self, name: str, fill: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The anchor's contribution to target parameter `name`: float32, in the target's shape.
+        The anchor's contribution to target parameter `name`: float32, in the target's shape. Not to be changed in
+        place: it may be `fill` itself or share the memory that the next read of the same tensor returns.
 
         Args:
             name (`str`): the target's parameter.

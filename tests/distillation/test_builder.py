@@ -1,0 +1,208 @@
+"""The chain builder: stages, resuming after a kill at any moment, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from cbd_hf import DistillationChain, StepwiseDistillationConfig
+from cbd_hf.distillation.builder import build_chain
+from cbd_hf.distillation.cutting import cut_config
+from cbd_hf.distillation.recipe import BuildArguments
+from cbd_hf.distillation.stages import last_complete_checkpoint
+
+from ..models import random_model, tiny_config, tiny_tokenizer, words
+
+
+ROOT = Path(__file__).parents[2]
+ANCHORS: list[dict[str, Any]] = [
+    {"name": "mid", "num_hidden_layers": 4, "training": {"max_steps": 4}},
+    {"name": "small", "num_hidden_layers": 3, "hidden_size": 24},
+]
+
+
+@pytest.fixture
+def material(tmp_path: Path) -> dict[str, str]:
+    """A source checkpoint and a text file, as a recipe names them."""
+    import random
+
+    source = tmp_path / "source"
+    random_model(tiny_config("llama", layers=5), std=0.1).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    rng = random.Random(0)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": words(rng, 30)}) for _ in range(60)))
+    return {"source": str(source), "dataset": str(text)}
+
+
+def recipe(material: dict[str, str], output: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        **material,
+        "anchors": ANCHORS,
+        "eval_documents": 4,
+        "calibration_documents": 4,
+        "output_dir": str(output),
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "max_length": 32,
+        "save_steps": 1,
+        "gradient_checkpointing": False,
+        "report_to": "none",
+        "disable_tqdm": True,
+    } | changes
+
+
+def build(values: dict[str, Any]) -> DistillationChain:
+    names = BuildArguments.__dataclass_fields__
+    args = BuildArguments(**{name: value for name, value in values.items() if name in names})
+    training = StepwiseDistillationConfig(**{name: value for name, value in values.items() if name not in names})
+    return build_chain(args, training)
+
+
+def weights(chain: DistillationChain) -> list[dict[str, torch.Tensor]]:
+    return [load_file(anchor.path / "model.safetensors") for anchor in chain]
+
+
+def test_builds_and_records(material: dict[str, str], tmp_path: Path) -> None:
+    chain = build(recipe(material, tmp_path / "chain", include_source=True))
+    assert [anchor.name for anchor in chain] == ["source", "mid", "small"]
+    assert chain.basis == "importance-sorted"
+    small = chain["small"]
+    assert (small.config.num_hidden_layers, small.config.hidden_size, small.config.num_attention_heads) == (3, 24, 3)
+    assert small.cut is not None and small.cut["from"] == "mid" and len(small.cut["layers"]) == 3
+    assert small.stage["teacher"] == "mid"
+    assert small.stage["steps"] == 3 and chain["mid"].stage["steps"] == 4
+    assert set(small.stage["metrics"]) == {"bits_per_byte_before", "bits_per_byte_after"}
+    assert not (tmp_path / "chain.build").exists()
+    assert chain.load_tokenizer() is not None
+    again = build(recipe(material, tmp_path / "chain", include_source=True))  # finished: nothing to do
+    assert again.sizes == chain.sizes
+
+
+def test_public_checkpoints_and_supervised_phase(material: dict[str, str], tmp_path: Path) -> None:
+    public = tmp_path / "public"
+    random_model(tiny_config("llama", layers=2), seed=5, std=0.1).save_pretrained(public)
+    values = recipe(
+        material,
+        tmp_path / "chain",
+        anchors=[{"name": "public", "checkpoint": str(public)}],
+        supervised={"max_steps": 2, "learning_rate": 1e-2},
+        max_steps=1,
+    )
+    chain = build(values)
+    (anchor,) = chain
+    assert anchor.stage["supervised"] == values["supervised"]
+    assert anchor.cut is None
+    before, after = load_file(public / "model.safetensors"), weights(chain)[0]
+    moved = max(float((after[name] - before[name]).abs().max()) for name in before)
+    assert moved > 5e-3  # two supervised steps at 1e-2 move weights further than one step at 1e-3 can
+
+
+def test_killed_builds_resume_to_the_same_weights(material: dict[str, str], tmp_path: Path) -> None:
+    undisturbed = build(recipe(material, tmp_path / "whole"))
+    values = recipe(material, tmp_path / "killed")
+    config = tmp_path / "killed.yaml"
+    config.write_text(yaml.safe_dump(values))
+    command = [sys.executable, str(ROOT / "recipes/build_chain.py"), "--config", str(config)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    work = tmp_path / "killed.build"
+    # Once with a stage half done, once between two stages.
+    moments = (
+        lambda: last_complete_checkpoint(work / "mid/trainer") is not None,
+        lambda: (tmp_path / "killed/chain.json").exists(),
+    )
+    for happened in moments:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while not happened() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert process.returncode == -signal.SIGKILL
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    resumed = build(values)
+    torch.set_num_threads(threads)
+    for one, other in zip(weights(undisturbed), weights(resumed), strict=True):
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rate": 2e-3}, r"training\.learning_rate: was 0\.001, is 0\.002"),
+        ({"anchors": [ANCHORS[0], ANCHORS[1] | {"hidden_size": 16}]}, r"anchors\[1\]\.hidden_size: was 24, is 16"),
+        ({"seed": 7}, r"training\.seed: was 42, is 7"),
+    ],
+)
+def test_changed_recipe_is_refused(
+    material: dict[str, str], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    build(recipe(material, tmp_path / "chain", max_steps=1))
+    before = (tmp_path / "chain/chain.json").read_bytes()
+    with pytest.raises(ValueError, match=message):
+        build(recipe(material, tmp_path / "chain", max_steps=1) | change)
+    assert (tmp_path / "chain/chain.json").read_bytes() == before
+
+
+def test_changed_anchor_is_refused(material: dict[str, str], tmp_path: Path) -> None:
+    values = recipe(material, tmp_path / "chain", max_steps=1)
+    chain = build(values)
+    path = chain["mid"].path / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"mid.*model\.safetensors"):
+        build(values)
+
+
+def test_existing_directory_is_left_alone(material: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "chain"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="chain"):
+        build(recipe(material, output))
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("anchors", "message"),
+    [
+        ([], "no anchors"),
+        ([{"name": "a", "layers": 3}], "unknown options"),
+        ([{"num_hidden_layers": 3}], "needs a name"),
+        ([{"name": "a"}], "either `checkpoint` or a shape"),
+        ([{"name": "a", "num_hidden_layers": 3, "training": {"lr": 1}}], "not an option of the trainer"),
+        ([{"name": "a", "num_hidden_layers": 3, "training": {"lmbda": 2}}], r"lmbda=2 is outside \[0, 1\]"),
+        ([{"name": "a", "num_hidden_layers": 9}], "would grow"),
+        ([{"name": "a", "num_hidden_layers": 5}], "as large as"),
+    ],
+)
+def test_bad_recipes_are_refused_before_any_work(
+    material: dict[str, str], tmp_path: Path, anchors: list[dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(recipe(material, tmp_path / "chain", anchors=anchors))
+    assert not (tmp_path / "chain").exists() and not (tmp_path / "chain.build").exists()
+
+
+def test_cut_config_takes_the_other_dimensions_along() -> None:
+    config = tiny_config("llama", layers=6, heads=4)
+    assert cut_config(config, {"hidden_size": 16}).num_attention_heads == 2
+    assert cut_config(config, {"hidden_size": 16}).intermediate_size == 64
+    assert cut_config(config, {"hidden_size": 28}).num_attention_heads == 4  # three and a half heads are none
+    by_size = cut_config(config, {"n_params": 60_000})
+    assert by_size.hidden_size == 32 and by_size.num_hidden_layers < 6

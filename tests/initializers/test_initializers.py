@@ -1,0 +1,155 @@
+"""The initialisers' own rules, beside what tests/test_modeling.py checks of whole models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from cbd_hf.checkpoint import CheckpointReader
+from cbd_hf.initializers import INITIALIZERS, Blueprint, assemble
+from cbd_hf.layout import config_with_shape, get_family, shape_of
+from cbd_hf.transforms import Trans, align_layers, resized_eps
+
+from ..models import logits, random_model, random_tokens, tiny_config
+
+
+FAMILIES = ("gpt2", "llama", "qwen3")
+FFN_IN = {"gpt2": "transformer.h.{}.mlp.c_fc.weight", "other": "model.layers.{}.mlp.up_proj.weight"}
+FFN_OUT = {"gpt2": "transformer.h.{}.mlp.c_proj.weight", "other": "model.layers.{}.mlp.down_proj.weight"}
+
+
+class Setup:
+    """Two anchors and a target between them in depth and width, as an initialiser sees them."""
+
+    def __init__(self, family: str, directory: Path, layers: int = 3, heads: int = 4) -> None:
+        self.small = random_model(tiny_config(family, layers=2, heads=4), seed=1)
+        self.large = random_model(tiny_config(family, layers=4, heads=8), seed=2)
+        self.layout = get_family(self.small.config)
+        self.config = self.target_config(tiny_config(family, layers=layers, heads=heads))
+        self.readers = []
+        for name, model in (("small", self.small), ("large", self.large)):
+            model.save_pretrained(directory / name)
+            self.readers.append(CheckpointReader(directory / name))
+
+    def target_config(self, config: PretrainedConfig) -> PretrainedConfig:
+        config = config_with_shape(config, shape_of(config, self.layout), self.layout)
+        source, target = shape_of(self.small.config, self.layout), shape_of(config, self.layout)
+        setattr(config, self.layout.eps_field, resized_eps(getattr(config, self.layout.eps_field), source, target))
+        return config
+
+    def blueprint(self, alpha: float = 0.3, seed: int = 0) -> Blueprint:
+        target = shape_of(self.config, self.layout)
+        shapes = [shape_of(model.config, self.layout) for model in (self.small, self.large)]
+        maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers)
+        small, large = (
+            Trans(reader, self.layout, shape, target, layers)
+            for reader, shape, layers in zip(self.readers, shapes, maps, strict=True)
+        )
+        return Blueprint(self.config, self.layout, small, large, alpha, seed)
+
+    def model(self, initializer: str, alpha: float = 0.3, seed: int = 0) -> PreTrainedModel:
+        return assemble(self.config, torch.float32, INITIALIZERS[initializer](self.blueprint(alpha, seed)))
+
+    def names(self, initializer_name: dict[str, str]) -> Iterator[str]:
+        pattern = initializer_name.get(self.config.model_type, initializer_name["other"])
+        return (pattern.format(layer) for layer in range(shape_of(self.config, self.layout).layers))
+
+    def units_first(self, value: torch.Tensor) -> torch.Tensor:
+        """An incoming FFN weight as [unit, hidden]."""
+        return value.T if self.config.model_type == "gpt2" else value
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expand_is_the_small_anchor_in_spite_of_its_noise(family: str, tmp_path: Path) -> None:
+    setup = Setup(family, tmp_path, heads=6)
+    first, again, other = (setup.model("expand", seed=seed) for seed in (0, 0, 1))
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name)), name
+    assert any(not torch.equal(parameter, other.get_parameter(name)) for name, parameter in first.named_parameters())
+    expected = logits(setup.small)
+    for model in (first, other):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_expand_gives_every_new_unit_something_to_learn_from(family: str, tmp_path: Path) -> None:
+    """Incoming noise of the usual size, and a gradient at every unit's outgoing weights, in every layer."""
+    setup = Setup(family, tmp_path, heads=6)
+    model = setup.model("expand")
+    model(input_ids=random_tokens(), labels=random_tokens()).loss.backward()
+    old = shape_of(setup.small.config, setup.layout).ffn
+    for incoming, outgoing in zip(setup.names(FFN_IN), setup.names(FFN_OUT), strict=True):
+        new = setup.units_first(model.get_parameter(incoming).detach())[old:]
+        assert float(new.std()) == pytest.approx(setup.config.initializer_range, rel=0.2), incoming
+        gradient = model.get_parameter(outgoing).grad
+        assert gradient is not None
+        by_unit = (gradient if family == "gpt2" else gradient.T).norm(dim=1)
+        assert bool((by_unit > 0).all()), outgoing
+
+
+def test_expand_of_the_same_width_has_no_noise(tmp_path: Path) -> None:
+    setup = Setup("llama", tmp_path)
+    model = setup.model("expand")
+    source = dict(setup.small.named_parameters())
+    assert torch.equal(model.get_parameter("model.embed_tokens.weight"), source["model.embed_tokens.weight"])
+    for target_layer, small_layer in enumerate((0, 0, 1)):
+        name = "model.layers.{}.mlp.up_proj.weight"
+        assert torch.equal(model.get_parameter(name.format(target_layer)), source[name.format(small_layer)])
+    assert not model.get_parameter("model.layers.1.mlp.down_proj.weight").any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("alpha", [0.3, 1.0])
+def test_interpolation_where_the_small_anchor_has_nothing(family: str, alpha: float, tmp_path: Path) -> None:
+    """Into a unit that only the larger anchor has: its own weights; out of it: scaled by 1 - alpha once."""
+    setup = Setup(family, tmp_path, heads=6)
+    blueprint = setup.blueprint(alpha)
+    model = setup.model("chain", alpha)
+    old = shape_of(setup.small.config, setup.layout).ffn
+    for layer, (incoming, outgoing) in enumerate(zip(setup.names(FFN_IN), setup.names(FFN_OUT), strict=True)):
+        into, out_of = (model.get_parameter(name).detach() for name in (incoming, outgoing))
+        into_large, out_of_large = (blueprint.large.tensor(name) for name in (incoming, outgoing))
+        into, into_large = setup.units_first(into), setup.units_first(into_large)
+        if family != "gpt2":
+            out_of, out_of_large = out_of.T, out_of_large.T
+        inserted = blueprint.small.layers.inserted[layer]
+        first = 0 if inserted else old
+        torch.testing.assert_close(into[first:], into_large[first:], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(out_of[first:], (1 - alpha) * out_of_large[first:], rtol=1e-5, atol=1e-6)
+        if not inserted and alpha < 1:
+            hidden = setup.small.config.hidden_size
+            small = setup.units_first(blueprint.small.tensor(incoming))
+            shared = (slice(old), slice(hidden))
+            expected = alpha * small[shared] + (1 - alpha) * into_large[shared]
+            torch.testing.assert_close(into[shared], expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(into[:, hidden:], into_large[:, hidden:], rtol=1e-6, atol=1e-6)
+
+
+def test_cut_reads_the_large_anchor_alone(tmp_path: Path) -> None:
+    setup = Setup("llama", tmp_path, heads=6)
+    for weights_file in (tmp_path / "small").glob("*.safetensors"):
+        weights_file.unlink()
+    setup.readers[0].close()
+    model = setup.model("cut")
+    embedding = setup.large.get_parameter("model.embed_tokens.weight")
+    assert torch.equal(model.get_parameter("model.embed_tokens.weight"), embedding[:, : setup.config.hidden_size])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_assemble_writes_every_parameter(dtype: torch.dtype) -> None:
+    config = tiny_config("llama")
+    asked = []
+
+    def source(name: str) -> torch.Tensor:
+        asked.append(name)
+        return torch.tensor(float(len(asked)))
+
+    model = assemble(config, dtype, source)
+    assert asked == [name for name, _ in model.named_parameters()]
+    for value, parameter in enumerate(model.parameters(), start=1):
+        assert parameter.dtype == dtype and bool((parameter == value).all())
+    assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
