@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "cbd"
 """The one key under which a target's config records how it was made."""
-
-_TOKENIZER = "_cbd_tokenizer"
 
 
 class CBDModel:
@@ -187,9 +185,8 @@ def _finish(model: PreTrainedModel, pair: AdjacentPair, tokenizer: PreTrainedTok
     if generation is not None:
         model.generation_config = generation
     if tokenizer is not None:
-        # Bound methods survive deepcopy and stay with the instance; the class stays the stock one.
-        vars(model)[_TOKENIZER] = tokenizer
-        vars(model)["save_pretrained"] = types.MethodType(_save_with_tokenizer, model)
+        # On the instance, where deepcopy and pickle take it along; the class stays the stock one.
+        vars(model)["save_pretrained"] = _Saver(model, tokenizer)
 
 
 def _generation_config(anchor: Anchor) -> Any:
@@ -200,11 +197,24 @@ def _generation_config(anchor: Anchor) -> Any:
     )
 
 
-def _save_with_tokenizer(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+@dataclass
+class _Saver:
+    """`save_pretrained` of one model as an attribute of it; unlike a bound method, pickle takes it along."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        _save_with_tokenizer(self.model, self.tokenizer, save_directory, *args, **kwargs)
+
+
+def _save_with_tokenizer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, save_directory: str | Path, *args: Any, **kwargs: Any
+) -> None:
     """The stock `save_pretrained`, then the chain's tokenizer if the directory has none."""
-    type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and not (Path(save_directory) / "tokenizer_config.json").exists():
-        vars(self)[_TOKENIZER].save_pretrained(save_directory)
+        tokenizer.save_pretrained(save_directory)
 
 
 __all__ = ["CONFIG_KEY", "CBDModel"]

@@ -384,6 +384,15 @@ def test_a_deep_copy_saves_its_own_weights(chain: DistillationChain, tmp_path: P
     )
 
 
+def test_a_pickled_model_is_whole(chain: DistillationChain, tmp_path: Path) -> None:
+    model = CBDModel.from_chain(chain, middle(chain))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert_equal_weights(loaded, weights(model))
+    loaded.save_pretrained(tmp_path / "saved")
+    assert (tmp_path / "saved" / "tokenizer_config.json").is_file()
+
+
 def test_tied_weights_stay_tied(chain: DistillationChain) -> None:
     model = CBDModel.from_chain(chain, middle(chain))
     assert model.lm_head.weight is model.transformer.wte.weight

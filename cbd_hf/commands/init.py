@@ -124,6 +124,7 @@ def run(args: InitArguments) -> list[dict[str, Any]]:
     from cbd_hf._files import check_output_directory
     from cbd_hf.chain import DistillationChain
     from cbd_hf.report.tables import format_table
+    from cbd_hf.sizing import plan_config
 
     root = Path(args.output_dir)
     sizes = args.sizes
@@ -135,8 +136,9 @@ def run(args: InitArguments) -> list[dict[str, Any]]:
         check_output_directory(directory)
     config = _load_config(args.target_config) if args.target_config is not None else None
     chain = DistillationChain.from_pretrained(args.chain, revision=args.revision)
-    for size in sizes:
-        chain.adjacent(size)  # refuses a size outside the chain before the first one is made
+    for size in sizes:  # every size is found possible before the first one is made
+        small, large = chain.adjacent(size)
+        plan_config(small.config, large.config, size)
     wanted: list[float | None] = [*sizes] or [None]
     rows = [_make(args, chain, size, config, directory) for directory, size in zip(directories, wanted, strict=True)]
     print(format_table([_shown(row) for row in rows]))

@@ -69,14 +69,23 @@ def sample_completions(
     input_ids = pad(rows, padding_value=pad_token_id, padding_side="left").to(device)
     attention_mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
     width = input_ids.shape[1]
-    generated: Any = model.generate(  # type: ignore[operator]
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        generation_config=GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=eos_token_id
-        ),
-        logits_processor=LogitsProcessorList([KeyedSampling(prompts, seed, width, temperature)]),
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad_token_id, eos_token_id=eos_token_id
     )
+    # generate() fills what a config leaves open, such as a repetition penalty, from the model's own; put aside here.
+    owner: Any = model
+    if hasattr(model, "get_base_model"):  # an adapter's
+        owner = owner.get_base_model()
+    own, owner.generation_config = owner.generation_config, config
+    try:
+        generated: Any = model.generate(  # type: ignore[operator]
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([KeyedSampling(prompts, seed, width, temperature)]),
+        )
+    finally:
+        owner.generation_config = own
     stops = {eos_token_id} if isinstance(eos_token_id, int) else set(eos_token_id or [])
     completions = []
     for row in generated[:, width:].tolist():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from cbd_hf import CBDModel, DistillationChain, plan_config
 from cbd_hf.cli import main as cbd
@@ -128,12 +128,11 @@ def test_bad_input_writes_nothing(tiny_chain: Path, tmp_path: Path, capsys: pyte
 
 
 def test_failure_leaves_nothing(tiny_chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cbd_hf import modeling
-
-    def full(*args: Any, **kwargs: Any) -> None:
+    def full(self: PreTrainedModel, directory: Path, **kwargs: Any) -> None:
+        (Path(directory) / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(modeling, "_save_with_tokenizer", full)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
     with pytest.raises(OSError, match="No space"):
         main([str(tiny_chain), "--n_params", str(sizes(tiny_chain)[0]), "--output_dir", str(tmp_path / "target")])
     assert list(tmp_path.iterdir()) == []
