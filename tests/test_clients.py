@@ -15,7 +15,18 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from cbd_hf import DistillationChain, cli
+from cbd_hf.distillation.cutting import cut_checkpoint, cut_config
 
 
 REAL_DATA = Path(os.environ.get("CBD_TEST_DATA", Path(__file__).parents[1].parent / "shared" / "data"))
@@ -64,39 +75,58 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_target(directory: Path) -> Path:
-    """A checkpoint directory like those that this package writes: a tiny random Llama with its tokenizer."""
+    """A target between two tiny random Llamas with a tokenizer, made by `cbd init`."""
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():  # the usual start gives nearly equal logits, between which tests cannot tell
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(10)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    anchors: list[str | PreTrainedModel] = []
+    for layers in (3, 1):
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():  # the usual start gives nearly equal logits, between which tests cannot tell
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(10)
+        anchors.append(model)
+    chain = directory.with_name(f"{directory.name}-chain")
+    sizes = DistillationChain.from_anchors(anchors, chain, tokenizer=tokenizer).sizes
+    return run_cbd_init(chain, sum(sizes) / 2, directory)
+
+
+def make_stories_target(directory: Path) -> Path:
+    """A target between stories260k and a cut of it, made by `cbd init`: real weights and a SentencePiece tokenizer."""
+    config = AutoConfig.from_pretrained(STORIES)
+    small, chain = directory.with_name("stories-small"), directory.with_name("stories-chain")
+    tokens = torch.arange(512).view(2, 256)
+    cut_checkpoint(STORIES, cut_config(config, {"num_hidden_layers": 3}), [tokens], small)
+    sizes = DistillationChain.from_anchors([str(STORIES), str(small)], chain).sizes
+    return run_cbd_init(chain, sum(sizes) / 2, directory)
+
+
+def run_cbd_init(chain: Path, n_params: float, directory: Path) -> Path:
+    """`cbd init`, in this process."""
+    cli.main(["init", str(chain), "--n-params", str(n_params), "--output-dir", str(directory)])
     return directory
 
 
 @pytest.fixture(scope="module", params=["target", "stories260k"])
 def target(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "target":
-        return make_target(tmp_path_factory.mktemp("target"))
+        return make_target(tmp_path_factory.mktemp("made") / "target")
     if not STORIES.is_dir():
         pytest.skip(f"no stories260k in {STORIES.parent}; set CBD_TEST_DATA to the directory that holds models/")
-    return STORIES
+    return make_stories_target(tmp_path_factory.mktemp("made") / "stories")
 
 
 @pytest.fixture(scope="module")

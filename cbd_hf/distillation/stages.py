@@ -6,19 +6,19 @@ import dataclasses
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import PartialState
+from accelerate import DeepSpeedPlugin, PartialState
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
-from transformers.integrations import deepspeed as hf_deepspeed
 from trl import SFTConfig, SFTTrainer
 
 from cbd_hf._files import atomic_write_text, commit_directory, staging_directory
+from cbd_hf._loading import plain_loading
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
 from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
@@ -31,16 +31,13 @@ _COMPLETE = "cbd_complete"  # marks a Trainer checkpoint whose every file has be
 _PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
 
 
-@contextmanager
-def plain_loading() -> Iterator[None]:
-    """Load models whole on this process even inside a ZeRO-3 launch, where transformers would shard them."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if reference is not None and (active := reference()) is not None:
-            hf_deepspeed.set_hf_deepspeed_config(active)
+def _own_deepspeed(config: StepwiseDistillationConfig) -> None:
+    """A DeepSpeed plugin for this stage alone: accelerate refuses one while the state of the last Trainer stands."""
+    if config.deepspeed_plugin is not None:
+        AcceleratorState._reset_state()
+        config.deepspeed_plugin = DeepSpeedPlugin()
+        config.deepspeed_plugin.set_mixed_precision(config.mixed_precision)
+        config.deepspeed_plugin.set_deepspeed_weakref()
 
 
 def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
@@ -179,6 +176,7 @@ def distil(
     if output.exists() and record_path.exists():
         return json.loads(record_path.read_text())
     started = time.perf_counter()
+    _own_deepspeed(config)
     trainer = StepwiseDistillationTrainer(
         AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
         str(teacher),
@@ -230,7 +228,6 @@ __all__ = [
     "last_complete_checkpoint",
     "make_once",
     "measure_once",
-    "plain_loading",
     "stage_record",
     "supervise",
 ]

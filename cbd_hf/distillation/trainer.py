@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from cbd_hf._loading import plain_loading
 from cbd_hf._trl import (
     DataCollatorForLanguageModeling,
     GKDTrainer,
@@ -296,7 +297,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
         state = self.accelerator.get_state_dict(self.model_wrapped)
         if self.accelerator.is_main_process:
             config = type(student.config).from_dict(student.config.to_dict() | {"use_cache": True})
-            base: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+            with plain_loading():
+                base: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
             base.generation_config = student.generation_config
             if hasattr(student, "peft_config"):
                 from peft import get_peft_model
@@ -314,7 +316,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
         self.accelerator.wait_for_everyone()
 
 
-def _base_model(model: torch.nn.Module) -> torch.nn.Module:
+def _base_model(model: Any) -> torch.nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

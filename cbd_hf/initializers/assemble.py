@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.initializers.base import TensorSource
 
 
@@ -28,7 +29,7 @@ def assemble(config: PretrainedConfig, dtype: Any, source: TensorSource) -> PreT
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():
+    with plain_loading(), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()
     parameters = list(model.named_parameters())

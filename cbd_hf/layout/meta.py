@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cbd_hf._loading import plain_loading
+
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -14,7 +16,7 @@ def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with plain_loading(), torch.device("meta"):
         # A copy: from_config writes the attention implementation and dtype into the config it is given.
         model = AutoModelForCausalLM.from_config(type(config).from_dict(config.to_dict()), trust_remote_code=False)
     model.tie_weights()

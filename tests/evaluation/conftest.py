@@ -10,7 +10,7 @@ from ..test_clients import make_target
 
 @pytest.fixture(scope="session")
 def target_directory(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_target(tmp_path_factory.mktemp("model")))
+    return str(make_target(tmp_path_factory.mktemp("made") / "model"))
 
 
 @pytest.fixture

@@ -76,9 +76,7 @@ def test_identity_is_bit_exact(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @PROPERTY
-@given(
-    layers=st.integers(0, 3), kv_heads=st.integers(0, 2), extra_ffn=st.integers(0, 5), seed=st.integers(0, 100)
-)
+@given(layers=st.integers(0, 3), kv_heads=st.integers(0, 2), extra_ffn=st.integers(0, 5), seed=st.integers(0, 100))
 def test_expansion_preserves_the_function(
     family: str, layers: int, kv_heads: int, extra_ffn: int, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -141,5 +139,7 @@ def test_shape_mismatch_names_the_tensor(tmp_path: Path) -> None:
     wrong = replace(shape_of(model.config, family), ffn=64)
     with CheckpointReader(tmp_path) as reader:
         trans = Trans(reader, family, wrong, wrong, LayerMap((0, 1, 2), (False,) * 3))
-        with pytest.raises(ValueError, match=r"gate_proj.weight .* has shape \(128, 32\), but its config says \(64, 32\)"):
+        with pytest.raises(
+            ValueError, match=r"gate_proj.weight .* has shape \(128, 32\), but its config says \(64, 32\)"
+        ):
             trans.tensor("model.layers.0.mlp.gate_proj.weight")
