@@ -49,7 +49,7 @@ test: $(MATERIAL_INSTALLED) versions
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
 
 quickstart: $(MATERIAL_INSTALLED) versions
-	$(BIN)/python -m cbd_hf quickstart $(ARGS)
+	$(BIN)/python -m cbd_hf quickstart --config recipes/configs/quickstart.yaml $(ARGS)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
