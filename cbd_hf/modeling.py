@@ -82,7 +82,7 @@ class CBDModel:
             model = pair.small.load_model(dtype=dtype or "auto")
             model.config.cbd = {"anchor": pair.small.name}
         else:
-            model = _build(chain, pair, size, config, alpha, initializer, expansion, dtype, seed)
+            model = _build(pair, size, config, alpha, initializer, expansion, dtype, seed)
         _finish(model, pair, chain.load_tokenizer())
         return model
 
@@ -103,7 +103,6 @@ def _check_options(
 
 
 def _build(
-    chain: DistillationChain,
     pair: AdjacentPair,
     size: float,
     config: PretrainedConfig | None,
@@ -147,7 +146,7 @@ def _build(
             dtype = small_reader.dtype(_embedding_name(config))
         if initializer == RANDOM:
             return _random_model(config, dtype, seed)
-        maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers, *_correspondence(chain, pair))
+        maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers, *_correspondence(pair))
         small_side, large_side = (
             Trans(reader, family, shape, target, layers, expansion)
             for reader, shape, layers in zip((small_reader, large_reader), shapes, maps, strict=True)
@@ -156,7 +155,7 @@ def _build(
         return assemble(config, dtype, INITIALIZERS[initializer](blueprint))
 
 
-def _correspondence(chain: DistillationChain, pair: AdjacentPair) -> tuple[list[int] | None, list[int] | None]:
+def _correspondence(pair: AdjacentPair) -> tuple[list[int] | None, list[int] | None]:
     """(kept layers, removal order) recorded when the smaller anchor was cut out of the larger one."""
     cut = pair.small.cut
     if not cut or cut.get("from") != pair.large.name:

@@ -35,7 +35,7 @@ class QuickstartArguments:
     anchors: list[dict] | None = field(
         default=None,
         metadata={
-            "help": "Shapes to cut, as for `cbd build`; by default 0.87 and 0.73 of the source's layers, the second "
+            "help": "Shapes to cut, as for `cbd build`; by default two, with fewer layers than the source, the second "
             "also narrower. YAML only."
         },
     )
@@ -45,9 +45,10 @@ class QuickstartArguments:
     )
     eval_documents: int = field(default=24, metadata={"help": "Held-out documents."})
     eval_max_length: int = field(default=256, metadata={"help": "Tokens of a held-out document that are scored."})
+    max_documents: int | None = field(default=None, metadata={"help": "Use the first documents of the text only."})
     recovery_steps: int = field(default=6, metadata={"help": "Training steps given to every start of a target."})
     recovery_learning_rates: dict = field(
-        default_factory=lambda: {"cbd": 3e-4, "expand": 3e-4, "cut": 3e-4, "random": 1e-3},
+        default_factory=lambda: {"cbd": 2e-4, "expand": 2e-4, "cut": 2e-4, "random": 1e-3},
         metadata={"help": "Learning rate of each start's recovery; they differ in what suits them. JSON."},
     )
     prompt: str = field(
@@ -68,6 +69,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     Raises:
         FileExistsError: `report.json` is already there.
     """
+    from tqdm.auto import tqdm
     from transformers import AutoConfig
 
     from cbd_hf._hub import anchor_directory
@@ -84,18 +86,23 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     build = BuildArguments(
         source=args.source,
         dataset=args.text,
-        anchors=args.anchors or default_anchors(AutoConfig.from_pretrained(source)),
+        max_documents=args.max_documents,
+        anchors=args.anchors or default_anchors(AutoConfig.from_pretrained(source), training.max_steps),
         eval_documents=args.eval_documents,
         eval_max_length=args.eval_max_length,
     )
     training.output_dir = str(output / "chain")
+    _say("Distilling the chain")
     chain_started = time.perf_counter()
     chain = build_chain(build, training)
     chain_seconds = time.perf_counter() - chain_started
     data = load_build_data(build, training.dataset_text_field, training.seed)
     low, high = chain.sizes[-1], chain.sizes[0]
     sizes = args.targets or [low + share * (high - low) for share in (0.25, 0.5, 0.75)]
-    targets = [_compare_starts(chain, size, args, training, data) for size in sizes]
+    _say(f"Making {len(sizes)} sizes by {len(STARTS)} starts each, and training every one a little")
+    recovery_rows = _recovery_rows(data.train, args, training)
+    progress = tqdm(sizes, desc="Targets", unit="size")
+    targets = [_compare_starts(chain, size, args, training, data.held_out, recovery_rows) for size in progress]
     report = {
         "source": args.source,
         "wall_seconds": round(time.perf_counter() - started, 1),
@@ -107,7 +114,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
         },
         "recovery": {
             "steps": args.recovery_steps,
-            "tokens": args.recovery_steps * training.per_device_train_batch_size * (training.max_length or 0),
+            "tokens": args.recovery_steps * training.train_batch_size * (training.max_length or 0),
             "learning_rates": args.recovery_learning_rates,
         },
         "targets": targets,
@@ -119,17 +126,23 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     return report
 
 
-def default_anchors(config: Any) -> list[dict[str, Any]]:
-    """Two anchors for any source: fewer layers, then fewer still and a sixteenth narrower, in whole heads."""
+def default_anchors(config: Any, max_steps: int) -> list[dict[str, Any]]:
+    """
+    Two anchors for any source: with 93% of its layers; with 80%, and a thirty-second narrower, in whole heads.
+
+    The first loses less by its cut and gets 60% of `max_steps`, the second all of them.
+    """
     from cbd_hf.layout import get_family, shape_of
 
     family = get_family(config)
     shape = shape_of(config, family)
     unit = shape.head_dim if family.heads_fill_hidden else shape.heads
-    narrower = max(1, round(shape.hidden * 15 / 16 / unit)) * unit
+    first = min(shape.layers - 1, round(0.93 * shape.layers))
+    second = min(first - 1, round(0.8 * shape.layers))
+    narrower = shape.hidden - unit * max(1, round(shape.hidden / 32 / unit))
     return [
-        {"name": "A1", "num_hidden_layers": round(0.87 * shape.layers)},
-        {"name": "A2", "num_hidden_layers": round(0.73 * shape.layers), "hidden_size": narrower},
+        {"name": "A1", "num_hidden_layers": first, "training": {"max_steps": max(1, round(0.6 * max_steps))}},
+        {"name": "A2", "num_hidden_layers": second, "hidden_size": narrower},
     ]
 
 
@@ -153,7 +166,12 @@ def _describe_anchor(anchor: Any) -> dict[str, Any]:
 
 
 def _compare_starts(
-    chain: Any, size: float, args: QuickstartArguments, training: StepwiseDistillationConfig, data: Any
+    chain: Any,
+    size: float,
+    args: QuickstartArguments,
+    training: StepwiseDistillationConfig,
+    held_out: list[str],
+    recovery_rows: Any,
 ) -> dict[str, Any]:
     """One target by every start: bits per byte at step zero and after the same recovery budget."""
     from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
@@ -164,7 +182,7 @@ def _compare_starts(
 
     def bits_per_byte(model: Any) -> float:
         scored = evaluate_language_modeling(
-            model, tokenizer, data.held_out, max_length=args.eval_max_length, progress=False
+            model, tokenizer, held_out, max_length=args.eval_max_length, progress=False
         )
         return round(scored.bits_per_byte, 4)
 
@@ -181,12 +199,20 @@ def _compare_starts(
             }
         result.setdefault("seconds", {})[start] = round(seconds, 2)
         result["bits_per_byte"]["step0"][start] = bits_per_byte(model)
-        _recover(model, tokenizer, data.train, args, training, start)
+        _recover(model, tokenizer, recovery_rows, args, training, start)
         result["bits_per_byte"]["recovered"][start] = bits_per_byte(model)
         if start == "cbd":
             result["sample"] = _sample(model, tokenizer, args.prompt, training.seed)
     result["init_seconds"] = result["seconds"]["cbd"]
     return result
+
+
+def _recovery_rows(train: Any, args: QuickstartArguments, training: StepwiseDistillationConfig) -> Any:
+    """Enough training documents for the recovery, so that each of the many trainers prepares no more than it uses."""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    documents = 4 * args.recovery_steps * batch  # documents are about as long as rows; four times is plenty
+    shuffled = train.shuffle(seed=training.seed + 1)  # other rows than the chain saw first
+    return shuffled.select(range(min(len(shuffled), documents)))
 
 
 def _recover(
@@ -209,10 +235,11 @@ def _recover(
         max_length=training.max_length,
         packing=training.packing,
         packing_strategy=training.packing_strategy,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
         gradient_checkpointing=False,
         bf16=training.bf16,
         use_cpu=training.use_cpu,
-        seed=training.seed + 1,  # other rows than the chain saw first
+        seed=training.seed,
         save_strategy="no",
         report_to="none",
         logging_steps=args.recovery_steps,
@@ -233,6 +260,10 @@ def _sample(model: Any, tokenizer: Any, prompt: str, seed: int) -> str:
             **inputs, max_new_tokens=40, do_sample=True, temperature=0.7, top_p=0.9, repetition_penalty=1.1
         )
     return tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+def _say(line: str) -> None:
+    print(f"\n{line}", flush=True)
 
 
 def _peak_rss_gib() -> float:

@@ -61,7 +61,10 @@ def measure_once(
     if state.is_main_process and not path.exists():
         with plain_loading():
             model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-        result = evaluate_language_modeling(model, tokenizer, texts, max_length=max_length, device=state.device)
+        positions = getattr(model.config, "max_position_embeddings", None) or max_length
+        result = evaluate_language_modeling(
+            model, tokenizer, texts, max_length=min(max_length, positions), device=state.device
+        )
         atomic_write_text(path, json.dumps(result.to_dict()))
     state.wait_for_everyone()
     return json.loads(path.read_text())
