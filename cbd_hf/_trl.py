@@ -14,7 +14,7 @@ except ImportError as error:  # trl.experimental moves between minor releases
 
     raise ImportError(
         f"cbd_hf needs names that trl {trl.__version__} does not have ({error}). Install a tested version: "
-        'pip install "trl>=1.15,<1.17".'
+        'pip install "trl>=1.16,<1.17".'
     ) from error
 
 

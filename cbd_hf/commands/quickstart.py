@@ -48,7 +48,7 @@ class QuickstartArguments:
     max_documents: int | None = field(default=None, metadata={"help": "Use the first documents of the text only."})
     recovery_steps: int = field(default=6, metadata={"help": "Training steps given to every start of a target."})
     recovery_learning_rates: dict = field(
-        default_factory=lambda: {"cbd": 2e-4, "expand": 2e-4, "cut": 2e-4, "random": 1e-3},
+        default_factory=lambda: {"cbd": 2e-4, "expand": 2e-4, "cut": 2e-4, "random": 3e-3},
         metadata={"help": "Learning rate of each start's recovery; they differ in what suits them. JSON."},
     )
     prompt: str = field(
@@ -69,6 +69,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     Raises:
         FileExistsError: `report.json` is already there.
     """
+    from datasets import disable_progress_bars
     from tqdm.auto import tqdm
     from transformers import AutoConfig
 
@@ -101,8 +102,11 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     sizes = args.targets or [low + share * (high - low) for share in (0.25, 0.5, 0.75)]
     _say(f"Making {len(sizes)} sizes by {len(STARTS)} starts each, and training every one a little")
     recovery_rows = _recovery_rows(data.train, args, training)
-    progress = tqdm(sizes, desc="Targets", unit="size")
-    targets = [_compare_starts(chain, size, args, training, data.held_out, recovery_rows) for size in progress]
+    disable_progress_bars()  # one bar for all of them, instead of ten for each
+    with tqdm(total=len(sizes) * len(STARTS), desc="Targets", unit="start") as progress:
+        targets = [
+            _compare_starts(chain, size, args, training, data.held_out, recovery_rows, progress) for size in sizes
+        ]
     report = {
         "source": args.source,
         "wall_seconds": round(time.perf_counter() - started, 1),
@@ -172,6 +176,7 @@ def _compare_starts(
     training: StepwiseDistillationConfig,
     held_out: list[str],
     recovery_rows: Any,
+    progress: Any,
 ) -> dict[str, Any]:
     """One target by every start: bits per byte at step zero and after the same recovery budget."""
     from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
@@ -203,6 +208,8 @@ def _compare_starts(
         result["bits_per_byte"]["recovered"][start] = bits_per_byte(model)
         if start == "cbd":
             result["sample"] = _sample(model, tokenizer, args.prompt, training.seed)
+        progress.update()
+        progress.set_postfix_str(f"{size / 1e6:.0f}M {start}: {result['bits_per_byte']['recovered'][start]:.3f}")
     result["init_seconds"] = result["seconds"]["cbd"]
     return result
 
@@ -224,6 +231,7 @@ def _recover(
     start: str,
 ) -> None:
     """Continued pre-training with TRL's own SFTTrainer: a target is a stock model."""
+    from transformers import PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
     config = SFTConfig(
@@ -242,11 +250,13 @@ def _recover(
         seed=training.seed,
         save_strategy="no",
         report_to="none",
-        logging_steps=args.recovery_steps,
-        disable_tqdm=training.disable_tqdm,
+        logging_strategy="no",
+        disable_tqdm=True,
     )
     model.train()
-    SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer).train()
+    trainer = SFTTrainer(model, args=config, train_dataset=dataset, processing_class=tokenizer)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     model.eval()
 
 
