@@ -26,6 +26,7 @@ def test_quickstart_reports_everything(tmp_path: Path, capsys: pytest.CaptureFix
         f"--text={text}",
         f"--output_dir={output}",
         "--eval_documents=4",
+        "--eval_max_length=32",
         "--recovery_steps=1",
         "--prompt=w1 w2",
         "--max_steps=2",

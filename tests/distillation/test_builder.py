@@ -80,7 +80,11 @@ def test_builds_and_records(material: dict[str, str], tmp_path: Path) -> None:
     assert [anchor.name for anchor in chain] == ["source", "mid", "small"]
     assert chain.basis == "importance-sorted"
     small = chain["small"]
-    assert (small.config.num_hidden_layers, small.config.hidden_size, small.config.num_attention_heads) == (3, 24, 3)
+    assert (small.config.num_hidden_layers, small.config.hidden_size, small.config.num_attention_heads) == (
+        3,
+        24,
+        4,
+    )  # 1.5 key/value heads are none
     assert small.cut is not None and small.cut["from"] == "mid" and len(small.cut["layers"]) == 3
     assert small.stage["teacher"] == "mid"
     assert small.stage["steps"] == 3 and chain["mid"].stage["steps"] == 4
