@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -38,8 +38,9 @@ def make_chain(directory: Path) -> None:
 
 
 def peak_gib() -> float:
-    """Largest resident memory of this process so far, in GiB (Linux)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Largest resident memory of this program so far, in GiB. Linux; ru_maxrss would start at the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
 
 
 def run_case(case: str, chain: Path) -> dict[str, float | str | int]:

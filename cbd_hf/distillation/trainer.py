@@ -168,7 +168,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
         formatting_func: Callable[[dict], str] | None,
         dataset_name: str,
     ) -> AnyDataset:
-        kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
+        columns = list(dataset.column_names or next(iter(dataset)))
+        kind = "text" if formatting_func else dataset_kind(columns, args.dataset_text_field)
         # SFTTrainer would supervise the user's turns too, or need {% generation %} markers in the template.
         if kind == "messages" and args.completion_only_loss is not False and not args.assistant_only_loss:
             options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
