@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -79,15 +79,13 @@ class CheckpointReader:
 
         self.directory = Path(directory)
         self._prefix = f"{base_model_prefix}." if base_model_prefix else ""
-        self._handles: list[Any] = []
-        self._owner: dict[str, Any] = {}
+        self._owner: dict[str, Path] = {}
         for path in weight_files(directory):
             try:
-                handle = safe_open(path, framework="pt", device="cpu")
+                with safe_open(path, framework="pt", device="cpu") as file:
+                    self._owner.update(dict.fromkeys(file.keys(), path))
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}).") from error
-            self._handles.append(handle)
-            self._owner.update(dict.fromkeys(handle.keys(), handle))
 
     def _stored_name(self, name: str) -> str | None:
         if name in self._owner:
@@ -100,7 +98,7 @@ class CheckpointReader:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of tensor `name`, from the file's header alone."""
-        return tuple(self._slice(name).get_shape())
+        return self._header(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of tensor `name`, from the file's header alone."""
@@ -112,7 +110,7 @@ class CheckpointReader:
             "F16": torch.float16,
             "BF16": torch.bfloat16,
         }
-        stored = self._slice(name).get_dtype()
+        stored = self._header(name)[1]
         if stored not in names:
             raise CheckpointError(
                 f"Tensor {name} in {self.directory} has dtype {stored}; only {', '.join(names)} are supported. "
@@ -122,17 +120,26 @@ class CheckpointReader:
 
     def read(self, name: str) -> torch.Tensor:
         """
-        Tensor `name` on the CPU in its stored dtype. It maps the file: a change in place would be seen by later reads.
+        Tensor `name` on the CPU in its stored dtype. It maps the file: do not change it in place.
+
+        The file is opened for this tensor alone, so that its pages leave memory with the tensor.
 
         Raises:
             CheckpointError: the checkpoint lacks it.
         """
-        stored = self._require(name)
-        return self._owner[stored].get_tensor(stored)
+        from safetensors import safe_open
 
-    def _slice(self, name: str) -> Any:
         stored = self._require(name)
-        return self._owner[stored].get_slice(stored)
+        with safe_open(self._owner[stored], framework="pt", device="cpu") as file:
+            return file.get_tensor(stored)
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        from safetensors import safe_open
+
+        stored = self._require(name)
+        with safe_open(self._owner[stored], framework="pt", device="cpu") as file:
+            entry = file.get_slice(stored)
+            return tuple(entry.get_shape()), entry.get_dtype()
 
     def _require(self, name: str) -> str:
         stored = self._stored_name(name)
@@ -141,9 +148,8 @@ class CheckpointReader:
         return stored
 
     def close(self) -> None:
-        """Release the files."""
+        """Forget the files; nothing can be read any more."""
         self._owner.clear()
-        self._handles.clear()
 
     def __enter__(self) -> CheckpointReader:
         return self
