@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trl import SFTConfig
+
+from cbd_hf._candidates import safe_name
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import SHAPE_OPTIONS
 
 
 ANCHOR_OPTIONS = {"checkpoint", "name", "supervised", "training", "n_params", *SHAPE_OPTIONS}
+
+RESERVED_NAMES = {"source", "source-sorted", "source-supervised", "supervised-trainer"}
 
 # Training options that say where and how to run, not what is learnt: a change of these may resume.
 _RUN_ONLY = {
@@ -103,8 +108,15 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
             raise ValueError(
                 f"Anchor {position} has unknown options {sorted(unknown)}; known: {sorted(ANCHOR_OPTIONS)}."
             )
-        if not anchor.get("name") or names.count(anchor["name"]) > 1:
-            raise ValueError(f"Anchor {position} needs a name of its own, got {anchor.get('name')!r}.")
+        name = anchor.get("name")
+        if not name or names.count(name) > 1:
+            raise ValueError(f"Anchor {position} needs a name of its own, got {name!r}.")
+        # It names a directory of unfinished work, which is removed when the stage is done.
+        if not isinstance(name, str) or safe_name(name) != name or name in RESERVED_NAMES:
+            raise ValueError(
+                f"Anchor {position} cannot be named {name!r}: use letters, digits, '.', '_' and '-', and none "
+                f"of {sorted(RESERVED_NAMES)}."
+            )
         shape = set(anchor) & {*SHAPE_OPTIONS, "n_params"}
         if bool(shape) == ("checkpoint" in anchor):
             raise ValueError(
@@ -112,6 +124,10 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
                 f"({', '.join(sorted([*SHAPE_OPTIONS, 'n_params']))}), and not both."
             )
         stage_training(training, anchor.get("training"), "unused")
+        supervised_options(anchor.get("supervised"))
+        if shape and args.calibration_documents < 1:
+            raise ValueError("calibration_documents=0, but a cut needs at least 1 to see what it can remove.")
+    supervised_options(args.supervised)
 
 
 def stage_training(
@@ -124,19 +140,31 @@ def stage_training(
         ValueError: an override is not an option of the trainer, or its value is out of range.
     """
     stage = copy.copy(base)
-    fields = {entry.name: entry for entry in dataclasses.fields(base)}
-    for name, value in (overrides or {}).items():
-        if name not in fields or name == "output_dir":
-            raise ValueError(f"`training` of an anchor has {name!r}, which is not an option of the trainer.")
-        default = fields[name].default
-        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
-            value = float(value)  # YAML reads 2e-4 as text
+    for name, value in _options(type(base), overrides, "training").items():
         setattr(stage, name, value)
     stage.output_dir = str(output_dir)
     stage.save_total_limit = stage.save_total_limit or 2
     stage.include_num_input_tokens_seen = "non_padding"
     stage.check()
     return stage
+
+
+def supervised_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of a supervised phase. Raises `ValueError` for one that `SFTConfig` does not have."""
+    return _options(SFTConfig, options, "supervised")
+
+
+def _options(config: type, values: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
+    fields = {entry.name: entry for entry in dataclasses.fields(config) if entry.init}
+    result = {}
+    for name, value in (values or {}).items():
+        if name not in fields or name == "output_dir":
+            raise ValueError(f"`{where}` has {name!r}, which is not an option of the trainer.")
+        default = fields[name].default
+        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
+            value = float(value)  # YAML reads 2e-4 as text
+        result[name] = value
+    return result
 
 
 def recipe_record(
@@ -178,4 +206,5 @@ __all__ = [
     "differences",
     "recipe_record",
     "stage_training",
+    "supervised_options",
 ]
