@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.
 
+import importlib.util
 import json
 import logging
 import time
@@ -80,6 +81,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     from cbd_hf.distillation.recipe import BuildArguments
     from cbd_hf.report.figures import plot_quickstart
 
+    _check(args)
     started = time.perf_counter()
     output = Path(str(training.output_dir))
     _refuse_finished(output)
@@ -124,9 +126,9 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
         "targets": targets,
         "environment": _environment(training.seed),
     }
-    plot_quickstart(report, output / "report.png")
     atomic_write_text(output / "report.md", format_report(report) + "\n")
     atomic_write_text(output / "report.json", json.dumps(report, indent=2) + "\n")
+    plot_quickstart(report, output / "report.png")
     return report
 
 
@@ -148,6 +150,17 @@ def default_anchors(config: Any, max_steps: int) -> list[dict[str, Any]]:
         {"name": "A1", "num_hidden_layers": first, "training": {"max_steps": max(1, round(0.6 * max_steps))}},
         {"name": "A2", "num_hidden_layers": second, "hidden_size": narrower},
     ]
+
+
+def _check(args: QuickstartArguments) -> None:
+    """Raise for what would only fail once the chain is built."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('The quickstart plots its result: pip install "cbd_hf[report]".')
+    rates = sorted(args.recovery_learning_rates)
+    if rates != sorted(STARTS):
+        raise ValueError(f"recovery_learning_rates must name {sorted(STARTS)}, got {rates}.")
+    if args.eval_documents < 1 or args.recovery_steps < 1:
+        raise ValueError("eval_documents and recovery_steps must be at least 1: they are what is compared.")
 
 
 def _refuse_finished(output: Path) -> None:
@@ -200,7 +213,7 @@ def _compare_starts(
                 "n_params": model.num_parameters(),
                 "layers": model.config.num_hidden_layers,
                 "hidden_size": model.config.hidden_size,
-                "alpha": round(model.config.cbd["alpha"], 4),
+                "alpha": round(model.config.cbd.get("alpha", 0.0), 4),
             }
         result.setdefault("seconds", {})[start] = round(seconds, 2)
         result["bits_per_byte"]["step0"][start] = bits_per_byte(model)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cbd_hf._files import canonical_digest
-from cbd_hf.data.instructions import load_instructions, split_instructions
+from cbd_hf.data.instructions import load_instructions
 from cbd_hf.data.sources import load_split
-from cbd_hf.data.text import load_texts, train_valid_split
+from cbd_hf.data.text import load_texts, split_rows, train_valid_split
 from cbd_hf.distillation.columns import dataset_kind
 from cbd_hf.distillation.recipe import BuildArguments
 
@@ -64,8 +64,15 @@ def load_build_data(args: BuildArguments, text_field: str, seed: int) -> BuildDa
             rows = rows.select_columns(["prompt", "completion"])
         else:
             rows = load_split(args.dataset, split=args.dataset_split, max_rows=limit)
-            dataset_kind(rows.column_names, text_field)
-        train, held_out = split_instructions(rows, args.eval_documents, seed) if args.eval_documents else (rows, None)
+            if dataset_kind(rows.column_names, text_field) == "tokens":
+                raise ValueError(
+                    "A chain build measures text, but the dataset is tokenized ('input_ids'): give 'text', 'prompt' "
+                    "and 'completion', or 'messages'."
+                )
+        train, held_out = rows, None
+        if args.eval_documents:
+            kept, out = split_rows([[_as_text(row, text_field)] for row in rows], args.eval_documents, seed)
+            train, held_out = rows.select(kept), rows.select(out)
     if args.data_format == "text" and text_field != "text":
         train = train.rename_column("text", text_field)  # the trainer's name for it
     first = min(len(train), args.calibration_documents)

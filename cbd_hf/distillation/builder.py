@@ -34,7 +34,7 @@ from cbd_hf.distillation.recipe import (
     stage_training,
 )
 from cbd_hf.distillation.stages import distil, make_once, measure_once, stage_record, supervise
-from cbd_hf.layout import check_same_family
+from cbd_hf.layout import check_same_family, count_parameters
 
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,7 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     digest = {path.name: sha256_of(path) for path in weight_files(source)}
     record = recipe_record(args, training, json.dumps(digest, sort_keys=True), data.digest)
     _check_resumable(chain, work, record)
-    shapes = [_shape_options(anchor) for anchor in args.anchors]
-    sort = any(shape and _narrower(source, shape) for shape in shapes)
+    sort = _check_anchors(source, args.anchors)
     build = _Build(
         args=args,
         training=training,
@@ -113,8 +112,27 @@ def _shape_options(anchor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in anchor.items() if name in {*SHAPE_OPTIONS, "n_params"}}
 
 
-def _narrower(source: Path, shape: dict[str, Any]) -> bool:
-    return changes_width(AutoConfig.from_pretrained(source), shape)
+def _check_anchors(source: Path, anchors: list[dict[str, Any]]) -> bool:
+    """Walk the chain's configs before any work; whether one of the cuts is narrower than what it is cut from."""
+    config, narrower, public = AutoConfig.from_pretrained(source), False, False
+    for anchor in anchors:
+        shape = _shape_options(anchor)
+        if shape:
+            narrower = narrower or changes_width(config, shape)
+            smaller = cut_config(config, shape)
+        else:
+            public = True
+            smaller = AutoConfig.from_pretrained(anchor_directory(resolve_checkpoint(anchor["checkpoint"])))
+            check_same_family(smaller, config)
+        if count_parameters(smaller) >= count_parameters(config):
+            raise ValueError(f"Anchor {anchor['name']!r} is not smaller than the one before: list the largest first.")
+        config = smaller
+    if narrower and public:
+        raise ValueError(
+            "A chain cannot both start anchors from public checkpoints and cut others narrower: a cut in width needs "
+            "the source's sorted coordinates, which a public checkpoint does not share. Cut layers only, or drop one."
+        )
+    return narrower
 
 
 def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:

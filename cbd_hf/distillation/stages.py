@@ -19,7 +19,9 @@ from trl import SFTConfig, SFTTrainer
 
 from cbd_hf._files import atomic_write_text, commit_directory, staging_directory
 from cbd_hf._loading import plain_loading
+from cbd_hf.distillation.columns import dataset_kind, supervise_turns
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.recipe import supervised_options
 from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
 from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
 
@@ -31,7 +33,7 @@ _COMPLETE = "cbd_complete"  # marks a Trainer checkpoint whose every file has be
 _PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
 
 
-def _own_deepspeed(config: StepwiseDistillationConfig) -> None:
+def _own_deepspeed(config: SFTConfig) -> None:
     """A DeepSpeed plugin for this stage alone: accelerate refuses one while the state of the last Trainer stands."""
     if config.deepspeed_plugin is not None:
         AcceleratorState._reset_state()
@@ -123,9 +125,12 @@ def supervise(
     config = SFTConfig(
         **shared
         | {"save_total_limit": 2}
-        | dict(options)
+        | supervised_options(options)
         | {"output_dir": str(output.with_name("supervised-trainer"))}
     )
+    _own_deepspeed(config)
+    if dataset_kind(dataset.column_names, base.dataset_text_field) == "messages":
+        dataset = supervise_turns(dataset, tokenizer)  # SFTTrainer would train the user's turns as well
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
         args=config,

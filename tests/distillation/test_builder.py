@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -35,8 +36,6 @@ ANCHORS: list[dict[str, Any]] = [
 @pytest.fixture
 def material(tmp_path: Path) -> dict[str, str]:
     """A source checkpoint and a text file, as a recipe names them."""
-    import random
-
     source = tmp_path / "source"
     random_model(tiny_config("llama", layers=5), std=0.1).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
@@ -114,6 +113,26 @@ def test_public_checkpoints_and_supervised_phase(material: dict[str, str], tmp_p
     assert moved > 5e-3  # two supervised steps at 1e-2 move weights further than one step at 1e-3 can
 
 
+@pytest.mark.parametrize("kind", ["text", "messages", "answers"])
+def test_datasets_with_their_own_columns(kind: str, material: dict[str, str], tmp_path: Path) -> None:
+    rng = random.Random(0)
+
+    def row() -> dict[str, Any]:
+        question, answer = words(rng, 5), words(rng, 6)
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        columns = {"text": question, "prompt": question, "completion": " " + answer, "messages": turns}
+        wanted = {"text": ["text"], "messages": ["messages"], "answers": ["prompt", "completion"]}[kind]
+        return {name: columns[name] for name in wanted}
+
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row()) for _ in range(30)))
+    anchors = [{"name": "a", "num_hidden_layers": 3}]
+    supervised = {"max_steps": 1, "learning_rate": "1e-3"}  # as YAML reads 1e-3
+    changes = {"dataset": str(data), "data_format": "columns", "anchors": anchors, "max_steps": 1}
+    (anchor,) = build(recipe(material, tmp_path / "chain", supervised=supervised, **changes))
+    assert anchor.stage["metrics"]["bits_per_byte_after"] > 0
+
+
 def test_killed_builds_resume_to_the_same_weights(material: dict[str, str], tmp_path: Path) -> None:
     undisturbed = build(recipe(material, tmp_path / "whole"))
     values = recipe(material, tmp_path / "killed")
@@ -188,6 +207,12 @@ def test_existing_directory_is_left_alone(material: dict[str, str], tmp_path: Pa
         ([], "no anchors"),
         ([{"name": "a", "layers": 3}], "unknown options"),
         ([{"num_hidden_layers": 3}], "needs a name"),
+        ([{"name": "../a", "num_hidden_layers": 3}], "cannot be named"),
+        ([{"name": "..", "num_hidden_layers": 3}], "cannot be named"),
+        ([{"name": 1, "num_hidden_layers": 3}], "cannot be named"),
+        ([{"name": "source-sorted", "num_hidden_layers": 3}], "cannot be named"),
+        ([{"name": "a", "num_hidden_layers": 3, "supervised": {"lr": 1}}], "`supervised` has 'lr'"),
+        ([{"name": "a", "num_hidden_layers": 3}, {"name": "b", "num_hidden_layers": 4}], "would grow"),
         ([{"name": "a"}], "either `checkpoint` or a shape"),
         ([{"name": "a", "num_hidden_layers": 3, "training": {"lr": 1}}], "not an option of the trainer"),
         ([{"name": "a", "num_hidden_layers": 3, "training": {"lmbda": 2}}], r"lmbda=2 is outside \[0, 1\]"),
