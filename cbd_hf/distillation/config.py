@@ -98,6 +98,11 @@ class StepwiseDistillationConfig(GKDConfig):
                 "average_tokens_across_devices=False makes the gradient depend on how the batch is split over "
                 "processes; leave it True."
             )
+        if self.label_smoothing_factor or self.loss_type != "nll":
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} and loss_type={self.loss_type!r} belong to "
+                "SFTTrainer's own loss, which is not used here: leave them at 0 and 'nll'."
+            )
         if self.seq_kd:
             raise ValueError(
                 "seq_kd=True is not a stepwise objective: the paper uses sequence-level distillation for the bridge. "
