@@ -1,85 +1,275 @@
 """
-Seconds and peak memory of `CBDModel.from_chain`, on checkpoints of full shape with random weights.
+Seconds and peak memory of `CBDModel.from_chain` against reading its input, and against the naive way.
 
-    python benchmarks/from_chain.py [--json] [--directory DIR]
+    python benchmarks/from_chain.py [--json] [--cases gpt2-138m ...] [--repeats 3] [--cold] [--directory DIR]
 
-GPT-2 B (124M) and M (355M) are made once in the directory; the 138M target is then built from them in a fresh process,
-so that the peak is its own. Compare it with the target's own bytes.
+Checkpoints of full shape with random weights are made once in the directory (16 GB for all cases). Every run is a fresh
+process; the three ways take turns:
+
+* read:   the anchors' tensors that the target is made from, read with safetensors and copied into memory;
+* ours:   `CBDModel.from_chain`;
+* naive:  both anchors through `from_pretrained`, then mixed in float32, tensor by tensor.
+
+Times are medians, without imports and without opening the chain; peaks are the largest resident memory above that of the
+process after its imports. Files are in the page cache, or with --cold dropped from it before each run.
+`peak_over_target` is measured against the bytes of the target's weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
-def make_chain(directory: Path) -> None:
-    """A chain of random GPT-2 M and B checkpoints in float32."""
+def gpt2(layers: int, hidden: int) -> Any:
+    from transformers import GPT2Config
+
+    return GPT2Config(n_layer=layers, n_embd=hidden, n_head=hidden // 64)
+
+
+def pythia(layers: int, hidden: int) -> Any:
+    from transformers import GPTNeoXConfig
+
+    return GPTNeoXConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden,
+        vocab_size=50304,
+        tie_word_embeddings=False,
+    )
+
+
+def qwen3(hidden: int) -> Any:
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        num_hidden_layers=28,
+        hidden_size=hidden,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3 * hidden,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        max_position_embeddings=40960,
+    )
+
+
+# Case -> anchors (name, config), their dtype, the target's size.
+CASES: dict[str, tuple[tuple[tuple[str, Callable[[], Any]], ...], str, float]] = {
+    "gpt2-138m": ((("gpt2-b", lambda: gpt2(12, 768)), ("gpt2-m", lambda: gpt2(24, 1024))), "float32", 138e6),
+    "gpt2-537m": ((("gpt2-m", lambda: gpt2(24, 1024)), ("gpt2-l", lambda: gpt2(36, 1280))), "float32", 537e6),
+    "pythia-114m": ((("pythia-70m", lambda: pythia(6, 512)), ("pythia-160m", lambda: pythia(12, 768))), "float32",
+                    113_625_600),
+    "qwen3-1.1b": ((("qwen3-0.6b", lambda: qwen3(1024)), ("qwen3-1.7b", lambda: qwen3(2048))), "bfloat16", 1.1e9),
+}  # fmt: skip
+
+
+def make_chain(case: str, directory: Path) -> Path:
+    """The case's chain of random checkpoints, made if it is not there."""
     import torch
-    from transformers import AutoModelForCausalLM, GPT2Config
+    from transformers import AutoModelForCausalLM
 
     from cbd_hf import DistillationChain
 
-    torch.manual_seed(0)
-    anchors = []
-    for name, shape in (("M", (24, 1024, 16)), ("B", (12, 768, 12))):
-        layers, hidden, heads = shape
-        AutoModelForCausalLM.from_config(GPT2Config(n_layer=layers, n_embd=hidden, n_head=heads)).save_pretrained(
-            directory / name
-        )
-        anchors.append(str(directory / name))
-    DistillationChain.from_anchors(anchors, directory / "chain")
+    anchors, dtype, _ = CASES[case]
+    for name, config in anchors:
+        if not (directory / name / "config.json").exists():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config(), dtype=dtype)
+            model.save_pretrained(directory / name)
+            del model
+    chain = directory / f"{case}-chain"
+    if not chain.exists():
+        DistillationChain.from_anchors([str(directory / name) for name, _ in reversed(anchors)], chain)
+    return chain
 
 
-def peak_gib() -> float:
-    """Largest resident memory of this program so far, in GiB. Linux; ru_maxrss would start at the parent's."""
+def resident(field: str) -> int:
+    """`VmRSS` or `VmHWM` (the peak) of this process in bytes. Linux; ru_maxrss would start at the parent's."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 2**20
+    match = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
-def run_case(chain: Path) -> dict[str, float | int]:
-    """Time the target in this process; imports are not counted in the seconds, but are in the peak."""
-    from cbd_hf import CBDModel, DistillationChain
+def weight_files(chain: Path) -> list[Path]:
+    """The anchors' weight files, wherever the chain's links lead."""
+    return sorted({path.resolve() for path in chain.rglob("*.safetensors")})
 
+
+def prepare_cache(chain: Path, cold: bool) -> None:
+    """Bring the anchors' files into the page cache, or drop them from it."""
+    for path in weight_files(chain):
+        with open(path, "rb") as file:
+            if cold:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            else:
+                while file.read(1 << 24):
+                    pass
+
+
+def read(used: dict[Path, list[str]]) -> None:
+    """Copy every tensor that the target is made from into memory."""
+    from safetensors import safe_open
+
+    for path, names in used.items():
+        with safe_open(path, framework="pt") as file:
+            for name in names:
+                file.get_tensor(name).clone()
+
+
+def used_tensors(loaded: Any, n_params: float) -> dict[Path, list[str]]:
+    """File -> the tensors that the target needs of it; anchors of these families are stored as the model names them."""
+    from cbd_hf.layout import weights_of
+    from cbd_hf.targets import Wish, open_target
+
+    used: dict[Path, set[str]] = {}
+    with open_target(loaded, Wish(n_params=n_params)) as target:
+        assert target.source is not None
+        names = list(weights_of(target.outline()))
+        for anchor, trans in zip(target.pair, target.source.trans, strict=True):
+            used.setdefault(anchor.path / "model.safetensors", set()).update(map(trans.source_name, names))
+    return {path: sorted(names) for path, names in used.items()}
+
+
+def ours(loaded: Any, n_params: float) -> Any:
+    from cbd_hf import CBDModel
+
+    return CBDModel.from_chain(loaded, n_params=n_params)
+
+
+def naive(loaded: Any, n_params: float) -> Any:
+    """What one would write: load both, mix, copy into a new model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from cbd_hf.alphas import by_group
+    from cbd_hf.families import get_family
+    from cbd_hf.layout import shape_of
+    from cbd_hf.sizing import corresponding_layers, default_alpha, plan_config
+    from cbd_hf.transforms import StateDict, Trans
+
+    pair = loaded.adjacent(n_params)
+    models = [AutoModelForCausalLM.from_pretrained(anchor.path) for anchor in pair]
+    small, large = (model.config for model in models)
+    config = plan_config(small, large, n_params)
+    model = AutoModelForCausalLM.from_config(config, dtype=models[0].dtype)
+    family = get_family(small)
+    target = shape_of(config, family)
+    maps = corresponding_layers(small, large, target.layers, family)
+    sides = [
+        Trans(StateDict(dict(anchor.named_parameters())), family, shape_of(anchor.config, family), target, layers)
+        for anchor, layers in zip(models, maps, strict=True)
+    ]
+    alpha = by_group(None, default_alpha(pair.small.n_params, pair.large.n_params, model.num_parameters()))["ffn"]
+    with torch.no_grad():
+        mixed = {}
+        for name, _ in model.named_parameters():
+            from_large = sides[1].tensor(name)
+            mixed[name] = alpha * sides[0].tensor(name, fill=from_large) + (1 - alpha) * from_large
+        model.load_state_dict(mixed, strict=False)
+    return model
+
+
+MAKERS: dict[str, Callable[[Any, float], Any]] = {"ours": ours, "naive": naive}
+WAYS = ("read", *MAKERS)
+
+
+def measure(case: str, way: str, directory: Path, cold: bool) -> dict[str, float | int]:
+    """One run in this process."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from cbd_hf import DistillationChain
+
+    _, dtype, n_params = CASES[case]
+    chain = directory / f"{case}-chain"
     loaded = DistillationChain.from_pretrained(chain)
+    AutoModelForCausalLM._model_mapping[type(AutoConfig.from_pretrained(loaded.anchors[0].path))]  # its import
+    used = used_tensors(loaded, n_params) if way == "read" else {}
+    prepare_cache(chain, cold)
+    before = resident("VmRSS")
     started = time.perf_counter()
-    parameters = CBDModel.from_chain(loaded, n_params=138e6).num_parameters()
+    if way == "read":
+        read(used)
+        model = None
+    else:
+        model = MAKERS[way](loaded, n_params)
+    seconds = time.perf_counter() - started
+    result: dict[str, float | int] = {"seconds": seconds, "peak": resident("VmHWM") - before}
+    if model is not None:
+        result["parameters"] = model.num_parameters()
+        result["bytes"] = model.num_parameters() * getattr(torch, dtype).itemsize
+    return result
+
+
+def run_case(case: str, directory: Path, repeats: int, cold: bool) -> dict[str, Any]:
+    """Medians of every way, each run in a process of its own."""
+    make_chain(case, directory)
+    runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
+    for _ in range(repeats):
+        for way in WAYS:
+            command = [sys.executable, __file__, "--measure", way, "--cases", case, "--directory", str(directory)]
+            output = subprocess.run(
+                [*command, *(["--cold"] if cold else [])], check=True, capture_output=True, text=True
+            )
+            runs[way].append(json.loads(output.stdout.splitlines()[-1]))
+    seconds = {way: statistics.median(run["seconds"] for run in found) for way, found in runs.items()}
+    peak = {way: statistics.median(run["peak"] for run in found) for way, found in runs.items()}
+    size = runs["ours"][0]["bytes"]
     return {
-        "parameters": parameters,
-        "seconds": round(time.perf_counter() - started, 2),
-        "peak_gib": round(peak_gib(), 2),
-        "target_gib": round(parameters * 4 / 2**30, 2),
+        "case": case,
+        "time_over_read": round(seconds["ours"] / seconds["read"], 3),
+        "peak_over_target": round(peak["ours"] / size, 3),
+        "time_over_naive": round(seconds["ours"] / seconds["naive"], 3),
+        "peak_over_naive": round(peak["ours"] / peak["naive"], 3),
+        "parameters": runs["ours"][0]["parameters"],
+        "target_gib": round(size / 2**30, 3),
+        "seconds": {way: round(value, 3) for way, value in seconds.items()},
+        "peak_gib": {way: round(value / 2**30, 3) for way, value in peak.items()},
+        "cold": cold,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each case")
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="by default all")
+    parser.add_argument("--repeats", type=int, default=3, help="processes for each way of a case (default 3)")
+    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
     parser.add_argument("--directory", type=Path, help="where the checkpoints are kept; by default a temporary one")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(run_case(args.directory / "chain")))
+        print(json.dumps(measure(args.cases[0], args.measure, args.directory, args.cold)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.directory or Path(temporary)
-        if not (directory / "chain").exists():
-            make_chain(directory)
-        command = [sys.executable, __file__, "--measure", "--directory", str(directory)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    row = json.loads(output.splitlines()[-1])
-    print(
-        json.dumps(row)
-        if args.json
-        else f"GPT-2 {row['parameters']:,} parameters in {row['seconds']:.2f} s, peak {row['peak_gib']:.2f} GiB with "
-        f"python and torch; the target is {row['target_gib']:.2f} GiB"
-    )
+        if not args.json:
+            print(f"{'case':<12} {'parameters':>13}  time/read  peak/target  time/naive  peak/naive   seconds")
+        for case in args.cases:
+            row = run_case(case, directory, args.repeats, args.cold)
+            if args.json:
+                print(json.dumps(row), flush=True)
+                continue
+            print(
+                f"{case:<12} {row['parameters']:>13,}  {row['time_over_read']:>9.2f}  {row['peak_over_target']:>11.2f}  "
+                f"{row['time_over_naive']:>10.2f}  {row['peak_over_naive']:>10.2f}   {row['seconds']}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -139,8 +139,8 @@ def inspect_directory(directory: Path, label: str) -> Candidate:
         CheckpointError: weights that are not safetensors, damaged, or do not fit the config.
     """
     config = _read_config(directory, label)
-    n_params, prefix, shapes = _expected_parameters(config, label)
-    _check_weights(directory, label, prefix, shapes)
+    n_params, outline, shapes = _expected_parameters(config, label)
+    _check_weights(directory, label, outline, shapes)
     candidate = Candidate(label=label, source=directory, config=config, n_params=n_params)
     if has_tokenizer([path.name for path in directory.iterdir()]):
         candidate.has_tokenizer = True
@@ -228,7 +228,9 @@ def _check_not_quantized(config: PretrainedConfig, label: str) -> None:
         raise ValueError(f"{label} has quantized weights, which cannot be interpolated. Save it dequantized first.")
 
 
-def _expected_parameters(config: PretrainedConfig, label: str) -> tuple[int, str, dict[str, tuple[int, ...]]]:
+def _expected_parameters(
+    config: PretrainedConfig, label: str
+) -> tuple[int, PreTrainedModel, dict[str, tuple[int, ...]]]:
     from cbd_hf.layout.meta import meta_model
 
     try:
@@ -236,16 +238,18 @@ def _expected_parameters(config: PretrainedConfig, label: str) -> tuple[int, str
     except Exception as error:  # Whatever the architecture raises for dimensions that do not fit.
         raise ValueError(f"{label}: no model can be built from its config ({error}).") from error
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    return sum(map(math.prod, shapes.values())), model.base_model_prefix, shapes
+    return sum(map(math.prod, shapes.values())), model, shapes
 
 
-def _check_weights(directory: Path, label: str, prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_weights(
+    directory: Path, label: str, outline: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
     try:
         # The names come from the index, which is data from elsewhere: opened only if they stay in the directory.
         for path in weight_files(directory):
             if path.parent != directory:
                 raise CheckpointError(f"{INDEX_FILE} names {path}, outside the checkpoint; do not use this checkpoint")
-        with CheckpointReader(directory, prefix) as reader:
+        with CheckpointReader(directory, model=outline) as reader:
             missing = [name for name in shapes if name not in reader]
             if missing:
                 more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
@@ -307,8 +311,8 @@ def write_candidate(
     else:
         _save_untouched(candidate.source, directory)
         # Some architectures are saved under other tensor names than their parameters'.
-        _, prefix, shapes = _expected_parameters(candidate.config, candidate.label)
-        _check_weights(directory, candidate.label, prefix, shapes)
+        _, outline, shapes = _expected_parameters(candidate.config, candidate.label)
+        _check_weights(directory, candidate.label, outline, shapes)
     if tokenizer is not None and not candidate.has_tokenizer:
         tokenizer.save_pretrained(directory)
     return describe_files(directory)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbd_hf.chain import AdjacentPair, Anchor, DistillationChain
-from cbd_hf.checkpoint import CheckpointReader
-from cbd_hf.initializers import INITIALIZERS, RANDOM, Blueprint, assemble
-from cbd_hf.layout import check_same_family, config_with_shape, count_parameters, meta_model, shape_of
-from cbd_hf.sizing import default_alpha, plan_config
-from cbd_hf.transforms import EXPANSIONS, Expansion, Trans, align_layers, resized_eps
+from cbd_hf.chain import AdjacentPair, DistillationChain
+from cbd_hf.making import exact_anchor, generation_config, make_model
+from cbd_hf.saving import save_targets
+from cbd_hf.targets import CONFIG_KEY, Wish, open_target
+from cbd_hf.transforms import Expansion
 
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-CONFIG_KEY = "cbd"
-"""The one key under which a target's config records how it was made."""
 
 
 class CBDModel:
@@ -32,11 +29,14 @@ class CBDModel:
         n_params: float | None = None,
         *,
         config: PretrainedConfig | None = None,
-        alpha: float | None = None,
+        alpha: float | Mapping[str, float] | str | None = None,
         initializer: str = "chain",
         expansion: Expansion = "identity",
+        selection: str = "first",
         dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
         seed: int = 0,
+        calibration: str | Sequence[str] | torch.Tensor | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | Path | None = None,
@@ -51,14 +51,22 @@ class CBDModel:
             n_params (`float`, *optional*): wanted parameters, such as `138e6`; the nearest shape of
                 [`plan_config`] is built. Exactly an anchor's size gives that anchor.
             config (`PretrainedConfig`, *optional*): the target's config, instead of `n_params`.
-            alpha (`float`, *optional*): weight of the smaller anchor, in [0, 1]. By default
-                `(N_large - N_target) / (N_large - N_small)`.
-            initializer (`str`, *optional*, defaults to `"chain"`): `"chain"` interpolates; for comparison `"expand"`
-                (the smaller anchor alone), `"cut"` (the larger alone) and `"random"`.
+            alpha (`float`, `Mapping[str, float]` or `"auto"`, *optional*): weight of the smaller anchor, in [0, 1]. By
+                default `(N_large - N_target) / (N_large - N_small)`. A mapping gives it by kind of part:
+                `"embeddings"`, `"attention"`, `"ffn"`, `"norms"`. `"auto"` searches with forward passes on
+                `calibration`.
+            initializer (`str`, *optional*, defaults to `"chain"`): `"chain"` interpolates; the others of
+                `cbd_hf.initializers.INITIALIZERS` are there for comparison, and `"random"`.
             expansion (`str`, *optional*, defaults to `"identity"`): what stands in layers that an anchor lacks:
                 `"identity"` blocks keep its function, `"replicate"` repeats the neighbouring layer (the paper's).
+            selection (`str`, *optional*, defaults to `"first"`): which channels, heads and units stay where the larger
+                anchor is cut: the first, every so-manieth (`"stride"`), or the most important on `calibration`
+                (`"importance"`).
             dtype (`torch.dtype` or `str`, *optional*): of the target's weights. By default that of the anchors.
+            device (`torch.device` or `str`, *optional*): where the target is made. By default the CPU.
             seed (`int`, *optional*, defaults to `0`): for what an initialiser draws at random.
+            calibration (`str`, `Sequence[str]` or `torch.Tensor`, *optional*): texts, or token ids of shape
+                (rows, length), for what is measured on text. At most 16 rows of 512 tokens are used.
             revision (`str`, *optional*): of a chain on the Hub.
             token (`str` or `bool`, *optional*): for a private chain on the Hub.
             cache_dir (`str` or `Path`, *optional*): where a chain from the Hub is kept.
@@ -72,128 +80,81 @@ class CBDModel:
             ValueError: the size is outside the chain, `alpha` is outside [0, 1], or the config does not belong to the
                 chain's family; for a damaged chain see [`DistillationChain.from_pretrained`].
         """
-        _check_options(n_params, config, alpha, initializer, expansion)
-        if not isinstance(chain, DistillationChain):
-            chain = DistillationChain.from_pretrained(chain, revision=revision, token=token, cache_dir=cache_dir)
-        size = count_parameters(config) if config is not None else n_params
-        assert size is not None  # one of the two is given, checked above
-        pair = chain.adjacent(size)
-        if pair.small is pair.large and config is None and initializer != RANDOM:
-            model = pair.small.load_model(dtype=dtype or "auto")
-            model.config.cbd = {"anchor": pair.small.name}
-        else:
-            model = _build(pair, size, config, alpha, initializer, expansion, dtype, seed)
-        _finish(model, pair, chain.load_tokenizer())
+        wish = Wish(n_params, config, alpha, initializer, expansion, selection, dtype, seed, calibration)
+        chain = _opened(chain, revision, token, cache_dir)
+        anchor = exact_anchor(chain, wish)
+        if anchor is not None:
+            model = anchor.load_model(dtype=dtype or "auto")
+            if device is not None:
+                model = model.to(device=device)  # type: ignore[call-arg]
+            model.config.cbd = {"anchor": anchor.name}
+            _finish(model, AdjacentPair(anchor, anchor), chain.load_tokenizer())
+            return model
+        with open_target(chain, wish) as target:
+            model = make_model(target, wish, chain, device)
+        _finish(model, target.pair, chain.load_tokenizer())
         return model
 
+    @classmethod
+    def save_from_chain(
+        cls,
+        chain: DistillationChain | str | Path,
+        n_params: float | Sequence[float] | None = None,
+        save_directory: str | Path | Sequence[str | Path] = "",
+        *,
+        max_shard_size: int | str = "1GB",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        **options: Any,
+    ) -> list[PretrainedConfig]:
+        """
+        Make one model or a whole family straight into directories, in one pass over the anchors.
 
-def _check_options(
-    n_params: float | None, config: PretrainedConfig | None, alpha: float | None, initializer: str, expansion: str
-) -> None:
-    if (n_params is None) == (config is None):
-        raise ValueError("Give either n_params, such as 138e6, or config, and not both.")
-    if alpha is not None and not 0 <= alpha <= 1:
-        raise ValueError(
-            f"alpha={alpha} is outside [0, 1]. It weighs the smaller anchor: 1 takes it alone, 0 the larger one."
-        )
-    if initializer not in (*INITIALIZERS, RANDOM):
-        raise ValueError(f"initializer={initializer!r} is unknown; choose one of {sorted([*INITIALIZERS, RANDOM])}.")
-    if expansion not in EXPANSIONS:
-        raise ValueError(f"expansion={expansion!r} is unknown; choose one of {list(EXPANSIONS)}.")
+        No model is ever in memory, only the tensor being made and the shard that is not yet full. The directories are
+        what `from_chain(...).save_pretrained(...)` writes, and appear whole or not at all.
 
+        Args:
+            chain (`DistillationChain`, `str` or `Path`): see [`CBDModel.from_chain`].
+            n_params (`float` or `Sequence[float]`, *optional*): a size or several; or `config` in
+                `options`.
+            save_directory (`str` or `Path`, or a sequence): one for each size; must be empty or absent.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): of a weight file, and of memory.
+            revision, token, cache_dir: see [`CBDModel.from_chain`].
+            options: `config`, `alpha`, `initializer`, `expansion`, `selection`, `dtype`, `seed`, `calibration`; see
+                [`CBDModel.from_chain`].
 
-def _build(
-    pair: AdjacentPair,
-    size: float,
-    config: PretrainedConfig | None,
-    alpha: float | None,
-    initializer: str,
-    expansion: Expansion,
-    dtype: torch.dtype | str | None,
-    seed: int,
-) -> PreTrainedModel:
-    small, large = pair
-    family = check_same_family(small.config, large.config)
-    config = plan_config(small.config, large.config, size) if config is None else config
-    check_same_family(small.config, config)
-    target = shape_of(config, family)
-    config = config_with_shape(config, target, family)  # a copy: the caller's stays as it is
-    n_target = count_parameters(config)
-    if alpha is None:
-        alpha = 1.0 if small is large else default_alpha(small.n_params, large.n_params, n_target)
-    shapes = [shape_of(anchor.config, family) for anchor in pair]
-    eps = [
-        resized_eps(getattr(anchor.config, family.eps_field), shape, target)
-        for anchor, shape in zip(pair, shapes, strict=True)
-    ]
-    share = {"expand": 1.0, "cut": 0.0}.get(initializer, alpha)
-    setattr(config, family.eps_field, share * eps[0] + (1 - share) * eps[1])
-    setattr(
-        config,
-        CONFIG_KEY,
-        {
-            "initializer": initializer,
-            "alpha": share,
-            "expansion": expansion,
-            "small": {"name": small.name, "n_params": small.n_params},
-            "large": {"name": large.name, "n_params": large.n_params},
-            "n_params": n_target,
-        },
-    )
-    prefix = meta_model(config).base_model_prefix
-    with CheckpointReader(small.path, prefix) as small_reader, CheckpointReader(large.path, prefix) as large_reader:
-        if dtype in (None, "auto"):
-            dtype = small_reader.dtype(_embedding_name(config))
-        if initializer == RANDOM:
-            return _random_model(config, dtype, seed)
-        maps = align_layers(shapes[0].layers, shapes[1].layers, target.layers, *_correspondence(pair))
-        small_side, large_side = (
-            Trans(reader, family, shape, target, layers, expansion)
-            for reader, shape, layers in zip((small_reader, large_reader), shapes, maps, strict=True)
-        )
-        blueprint = Blueprint(config, family, small_side, large_side, alpha, seed)
-        return assemble(config, dtype, INITIALIZERS[initializer](blueprint))
+        Returns:
+            `list[PretrainedConfig]`: of the models, in the order given.
+
+        Raises:
+            FileExistsError: a directory holds something; nothing was written.
+            ValueError: see [`CBDModel.from_chain`].
+        """
+        sizes = list(n_params) if isinstance(n_params, Sequence) else [n_params]
+        places = [save_directory] if isinstance(save_directory, str | Path) else list(save_directory)
+        if not all(map(str, places)) or len(places) != len(sizes):
+            raise ValueError(f"{len(sizes)} size(s) need as many directories in save_directory, got {len(places)}.")
+        wishes = [Wish(n_params=size, **options) for size in sizes]
+        return save_targets(_opened(chain, revision, token, cache_dir), wishes, places, max_shard_size)
 
 
-def _correspondence(pair: AdjacentPair) -> tuple[list[int] | None, list[int] | None]:
-    """(kept layers, removal order) recorded when the smaller anchor was cut out of the larger one."""
-    cut = pair.small.cut
-    if not cut or cut.get("from") != pair.large.name:
-        return None, None
-    return cut["layers"], cut.get("removed")
-
-
-def _embedding_name(config: PretrainedConfig) -> str:
-    model = meta_model(config)
-    embedding = model.get_input_embeddings().weight
-    return next(name for name, parameter in model.named_parameters() if parameter is embedding)
-
-
-def _random_model(config: PretrainedConfig, dtype: Any, seed: int) -> PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+def _opened(
+    chain: DistillationChain | str | Path, revision: str | None, token: str | bool | None, cache_dir: str | Path | None
+) -> DistillationChain:
+    if isinstance(chain, DistillationChain):
+        return chain
+    return DistillationChain.from_pretrained(chain, revision=revision, token=token, cache_dir=cache_dir)
 
 
 def _finish(model: PreTrainedModel, pair: AdjacentPair, tokenizer: PreTrainedTokenizerBase | None) -> None:
     model.eval()
-    generation = _generation_config(pair.small) or _generation_config(pair.large)
+    generation = generation_config(pair.small) or generation_config(pair.large)
     if generation is not None:
         model.generation_config = generation
     if tokenizer is not None:
         # On the instance, where deepcopy and pickle take it along; the class stays the stock one.
         vars(model)["save_pretrained"] = _Saver(model, tokenizer)
-
-
-def _generation_config(anchor: Anchor) -> Any:
-    from transformers import GenerationConfig
-
-    return (
-        GenerationConfig.from_pretrained(anchor.path) if (anchor.path / "generation_config.json").is_file() else None
-    )
 
 
 @dataclass

@@ -1,21 +1,15 @@
-"""From a number of parameters to a config: the lattice of shapes between two anchors (DESIGN: "Shape for a size")."""
+"""From a number of parameters to a config: the lattice of shapes between two anchors (docs/building.md)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cbd_hf.layout import (
-    Family,
-    Shape,
-    check_same_family,
-    config_with_shape,
-    count_parameters,
-    get_family,
-    shape_of,
-)
+from cbd_hf.families import check_same_family, get_family
+from cbd_hf.layout import Family, Shape, config_with_shape, count_parameters, layer_kinds, meta_model, shape_of
+from cbd_hf.transforms.depth import LayerMap, align_kinds, align_layers, match_kinds
 
 
 if TYPE_CHECKING:
@@ -50,7 +44,60 @@ def default_alpha(n_small: int, n_large: int, n_target: int) -> float:
     return (n_large - n_target) / (n_large - n_small)
 
 
-def plan_config(small: PretrainedConfig, large: PretrainedConfig, n_params: float) -> PretrainedConfig:
+def corresponding_layers(
+    small: PretrainedConfig,
+    large: PretrainedConfig,
+    target: PretrainedConfig | int,
+    family: Family,
+    kept: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> tuple[LayerMap, LayerMap]:
+    """
+    Which layers of two anchors meet in each layer of a target; see [`align_layers`] and, for layers of several kinds
+    (sliding and full attention, dense and experts), [`align_kinds`].
+
+    Args:
+        small (`PretrainedConfig`): of the smaller anchor.
+        large (`PretrainedConfig`): of the larger anchor.
+        target (`PretrainedConfig` or `int`): the target's config, or its number of layers.
+        family (`Family`): their layout.
+        kept (`Sequence[int]`, *optional*): the deeper anchor's layers that the shallower one was cut from.
+        order (`Sequence[int]`, *optional*): the deeper anchor's other layers in the order of their removal.
+
+    Raises:
+        ValueError: the depths or the kinds do not fit.
+    """
+    n_target = target if isinstance(target, int) else shape_of(target, family).layers
+    kinds = [layer_kinds(config, family) for config in (small, large)]
+    n_small, n_large = map(len, kinds)
+    if not isinstance(target, int) and len({*kinds[0], *kinds[1]}) > 1 and kept is None:
+        if not min(n_small, n_large) <= n_target <= max(n_small, n_large):
+            align_layers(n_small, n_large, n_target)  # says so
+        return align_kinds(kinds[0], kinds[1], layer_kinds(target, family))
+    shallow, deep = sorted(kinds, key=len)
+    if kept is None and len({*shallow, *deep}) > 1:
+        kept = match_kinds(shallow, deep)
+    maps = align_layers(n_small, n_large, n_target, kept, order)
+    for map_, of_anchor, of_other in ((maps[0], kinds[0], maps[1]), (maps[1], kinds[1], maps[0])):
+        other = kinds[1] if map_ is maps[0] else kinds[0]
+        for layer in range(n_target):
+            if map_.inserted[layer] or of_other.inserted[layer]:
+                continue
+            if of_anchor[map_.sources[layer]] != other[of_other.sources[layer]]:
+                raise ValueError(
+                    f"Layer {map_.sources[layer]} of one anchor and layer {of_other.sources[layer]} of the other are "
+                    "of different kinds, so they cannot be mixed: choose anchors whose kinds of layers correspond."
+                )
+    return maps
+
+
+def plan_config(
+    small: PretrainedConfig,
+    large: PretrainedConfig,
+    n_params: float,
+    kept: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> PretrainedConfig:
     """
     The config of the model nearest `n_params` between two anchors.
 
@@ -63,6 +110,8 @@ def plan_config(small: PretrainedConfig, large: PretrainedConfig, n_params: floa
         small (`PretrainedConfig`): config of the smaller anchor.
         large (`PretrainedConfig`): config of the larger anchor.
         n_params (`float`): wanted number of parameters, such as `138e6`.
+        kept (`Sequence[int]`, *optional*): see [`corresponding_layers`].
+        order (`Sequence[int]`, *optional*): likewise.
 
     Returns:
         `PretrainedConfig`: of the anchors' class; one of the anchors' own configs if the size is exactly theirs.
@@ -71,18 +120,47 @@ def plan_config(small: PretrainedConfig, large: PretrainedConfig, n_params: floa
         ValueError: the anchors are not of one family, or `n_params` is outside their range.
     """
     family = check_same_family(small, large)
+    counter = _Counter(small, large, family, kept, order)
     (n_small, _, small), (n_large, _, large) = sorted(
-        (_count(config, family), index, config) for index, config in enumerate((small, large))
+        (counter.count(config), index, config) for index, config in enumerate((small, large))
     )
     check_n_params(n_params, n_small, n_large)
     if n_params == n_large:
         return config_with_shape(large, shape_of(large, family), family)
-    candidates = _lattice(small, large, family)
+    candidates = lattice(small, large, family, kept, order)
     # Nearest count; between equals the wider one, since depth is cheaper to distil back than width.
     _, _, shape = min(
         ((abs(count - n_params), -shape.hidden, shape) for shape, count in candidates), key=lambda item: item[:2]
     )
-    return config_with_shape(small, shape, family)
+    return lattice_config(small, large, shape, family, kept, order)
+
+
+def lattice_config(
+    small: PretrainedConfig,
+    large: PretrainedConfig,
+    shape: Shape,
+    family: Family,
+    kept: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> PretrainedConfig:
+    """The config of one shape of [`lattice`]; its layers are of the kinds that meet in them."""
+    if not _is_mixed(small, large, family):
+        return config_with_shape(small, shape, family)
+    maps = corresponding_layers(small, large, shape.layers, family, kept, order)
+    deep, layers = _deeper(small, large, maps, family)
+    return config_with_shape(deep, shape, family, layers=layers.sources)
+
+
+def _is_mixed(small: PretrainedConfig, large: PretrainedConfig, family: Family) -> bool:
+    return len({*layer_kinds(small, family), *layer_kinds(large, family)}) > 1
+
+
+def _deeper(
+    small: PretrainedConfig, large: PretrainedConfig, maps: tuple[LayerMap, LayerMap], family: Family
+) -> tuple[PretrainedConfig, LayerMap]:
+    if shape_of(small, family).layers > shape_of(large, family).layers:
+        return small, maps[0]
+    return large, maps[1]
 
 
 def plan_cut(config: PretrainedConfig, n_params: float) -> PretrainedConfig:
@@ -94,6 +172,11 @@ def plan_cut(config: PretrainedConfig, n_params: float) -> PretrainedConfig:
     """
     family = get_family(config)
     shape = shape_of(config, family)
+    if _is_mixed(config, config, family):
+        raise ValueError(
+            f"This {config.model_type} mixes kinds of layers, so a size does not fix its layers: give "
+            "num_hidden_layers instead of n_params."
+        )
     base, per_layer = _affine_count(config, shape, family)
     largest = base + per_layer * (shape.layers - 1)
     check_n_params(n_params, base + per_layer, largest)
@@ -109,24 +192,79 @@ def _affine_count(config: PretrainedConfig, shape: Shape, family: Family) -> tup
     return 2 * one - two, two - one
 
 
-def _count(config: PretrainedConfig, family: Family) -> int:
-    shape = shape_of(config, family)
-    base, per_layer = _affine_count(config, shape, family)
-    return base + per_layer * shape.layers
+def lattice(
+    small: PretrainedConfig,
+    large: PretrainedConfig,
+    family: Family,
+    kept: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> Iterator[tuple[Shape, int]]:
+    """
+    Every shape between two anchors with its exact number of parameters.
 
-
-def _lattice(small: PretrainedConfig, large: PretrainedConfig, family: Family) -> Iterator[tuple[Shape, int]]:
+    Widths lie on the straight line between the anchors' in steps of one head, depths between theirs.
+    """
     a, b = shape_of(small, family), shape_of(large, family)
-    for width in _widths(a, b):
+    depths = range(min(a.layers, b.layers), max(a.layers, b.layers) + 1)
+    counter = _Counter(small, large, family, kept, order)
+    for width in _widths(a, b, family):
         try:
-            base, per_layer = _affine_count(small, width, family)
+            config_with_shape(counter.base, replace(width, layers=counter.layers), family, range(counter.layers))
         except ValueError:
             continue  # a width the architecture itself forbids
-        for layers in range(min(a.layers, b.layers), max(a.layers, b.layers) + 1):
-            yield replace(width, layers=layers), base + per_layer * layers
+        for layers, count in zip(depths, counter.counts(width, depths), strict=True):
+            yield replace(width, layers=layers), count
 
 
-def _widths(a: Shape, b: Shape) -> Iterator[Shape]:
+class _Counter:
+    """Exact numbers of parameters of every shape, from one model without weights and the meaning of its axes."""
+
+    def __init__(
+        self,
+        small: PretrainedConfig,
+        large: PretrainedConfig,
+        family: Family,
+        kept: Sequence[int] | None,
+        order: Sequence[int] | None,
+    ) -> None:
+        self.family = family
+        self.base = max((small, large), key=lambda config: shape_of(config, family).layers)
+        self.mixed = _is_mixed(small, large, family)
+        self.layers = shape_of(self.base, family).layers if self.mixed else 1
+        self._used = lambda depth: (
+            _deeper(small, large, corresponding_layers(small, large, depth, family, kept, order), family)[1].sources
+        )
+        shape = replace(shape_of(self.base, family), layers=self.layers)
+        model = meta_model(config_with_shape(self.base, shape, family, range(self.layers)))
+        self._parameters = [
+            (family.split(name)[0], family.spec(name).axes, tuple(parameter.shape))
+            for name, parameter in model.named_parameters()
+        ]
+
+    def count(self, config: PretrainedConfig) -> int:
+        """Parameters of one of the anchors."""
+        if self.mixed:
+            return count_parameters(config)
+        shape = shape_of(config, self.family)
+        return self.counts(shape, range(shape.layers, shape.layers + 1))[0]
+
+    def counts(self, width: Shape, depths: range) -> list[int]:
+        """Parameters at one width and every depth."""
+        rest, of_layer = 0, [0] * self.layers
+        for layer, axes, lengths in self._parameters:
+            size = math.prod(
+                length if axis.is_fixed else width.length(axis) for axis, length in zip(axes, lengths, strict=True)
+            )
+            if layer is None:
+                rest += size
+            else:
+                of_layer[layer] += size
+        if not self.mixed:
+            return [rest + of_layer[0] * depth for depth in depths]
+        return [rest + sum(of_layer[source] for source in self._used(depth)) for depth in depths]
+
+
+def _widths(a: Shape, b: Shape, family: Family) -> Iterator[Shape]:
     """Shapes on the straight line from `a`'s width to `b`'s, in steps of one head, where heads come out whole."""
     if a.hidden != b.hidden:
         # One head wide; where the anchors' distance is no multiple of that, one channel per head (transformers wants
@@ -136,7 +274,8 @@ def _widths(a: Shape, b: Shape) -> Iterator[Shape]:
     elif a.heads != b.heads:
         steps = abs(b.heads - a.heads)
     else:
-        steps = max(1, abs(b.ffn - a.ffn) // a.head_dim)
+        units = max(abs(b.widths[name] - a.widths[name]) for name in a.widths)
+        steps = max(1, units // a.head_dim)
     for step in range(math.ceil(steps) + 1):
         t = min(step / steps, 1.0)
 
@@ -150,13 +289,25 @@ def _widths(a: Shape, b: Shape) -> Iterator[Shape]:
             continue
         if round(heads) % round(kv_heads):
             continue
+        if family.heads_fill_hidden and round(heads) * a.head_dim != round(hidden):
+            continue
         yield replace(
             a,
             hidden=round(hidden),
             heads=round(heads),
             kv_heads=round(kv_heads),
             ffn=round(between(a.ffn, b.ffn)),
+            extra=tuple((name, round(between(count, dict(b.extra)[name]))) for name, count in a.extra),
         )
 
 
-__all__ = ["check_n_params", "default_alpha", "format_size", "plan_config", "plan_cut"]
+__all__ = [
+    "check_n_params",
+    "corresponding_layers",
+    "default_alpha",
+    "format_size",
+    "lattice",
+    "lattice_config",
+    "plan_config",
+    "plan_cut",
+]

@@ -13,5 +13,6 @@ os.environ.update(
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "WANDB_DISABLED": "true",
+        "CBD_LAYOUT_CACHE": "off",  # layouts are learned, not remembered from other code
     }
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,11 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+
+from cbd_hf.checkpoint import CheckpointReader
+from cbd_hf.families import get_family
+from cbd_hf.layout import Shape, config_with_shape, meta_model, shape_of, weights_of
+from cbd_hf.transforms import First, LayerMap, Selection, Trans, align_layers, resized_eps
 
 
 VOCAB = 64
@@ -57,7 +63,7 @@ def tiny_config(family: str, layers: int = 3, heads: int = 4, head_dim: int = 8,
 def random_model(config: PretrainedConfig, seed: int = 0, std: float = 0.3) -> PreTrainedModel:
     """A random model whose every parameter, norms and biases included, is far from its usual start."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             offset = 1.0 if "norm" in name or ".ln_" in name and name.endswith("weight") else 0.0
@@ -113,3 +119,53 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor | None = None) -> torch.
     """The model's logits in float64, shape (rows, length, vocab)."""
     tokens = random_tokens() if tokens is None else tokens
     return model.to(torch.float64)(input_ids=tokens).logits
+
+
+def resized_config(
+    config: PretrainedConfig, target: Shape, layers: LayerMap | None = None, growth: str = "pad"
+) -> PretrainedConfig:
+    """`config` with the dimensions of `target`, and the epsilon of its norms resized like their gains."""
+    family = get_family(config)
+    result = config_with_shape(config, target, family, layers.sources if layers is not None else None)
+    for name in family.eps_fields if growth == "pad" else ():
+        setattr(result, name, resized_eps(getattr(result, name), shape_of(config, family), target))
+    return result
+
+
+def depth_map(source: Shape, target: Shape) -> LayerMap:
+    """Where the target's layers come from if nothing else is known."""
+    shallow, deep = sorted((source.layers, target.layers))
+    small, large = align_layers(shallow, deep, target.layers)
+    return small if source.layers == shallow else large
+
+
+def transform(
+    model: PreTrainedModel,
+    target: Shape,
+    directory: Path,
+    layers: LayerMap | None = None,
+    *,
+    expansion: str = "identity",
+    selection: Selection | None = None,
+    growth: str = "pad",
+    fill_seed: int | None = None,
+) -> PreTrainedModel:
+    """The model that Trans makes of the checkpoint of `model` alone; noise at the free new coordinates if asked."""
+    family = get_family(model.config)
+    source = shape_of(model.config, family)
+    dtype = model.dtype
+    model.save_pretrained(directory)
+    layers = layers or depth_map(source, target)
+    config = resized_config(model.config, target, layers, growth)
+    with CheckpointReader(directory, model=meta_model(model.config)) as reader, torch.no_grad():
+        trans = Trans(reader, family, source, target, layers, expansion, selection or First(), growth)
+        result = AutoModelForCausalLM.from_config(config, dtype=dtype, experts_implementation="eager").eval()
+        weights = weights_of(result)
+        trans.check(weights)
+        generator = torch.Generator().manual_seed(fill_seed or 0)
+        for name, weight in weights.items():
+            fill = None if fill_seed is None else torch.randn(weight.shape, generator=generator, dtype=dtype) / 4
+            value = trans.tensor(name, fill=fill, dtype=dtype)
+            assert value.shape == weight.shape, name
+            weight.copy_(value)
+    return result

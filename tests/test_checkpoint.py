@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import save_file
 
@@ -135,3 +136,57 @@ def test_closed_after_use(sharded: Path) -> None:
     with CheckpointReader(sharded) as reader:
         assert "model.norm.weight" in reader
     assert "model.norm.weight" not in reader
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are opened."""
+    paths: list[Path] = []
+    real = safetensors.safe_open
+
+    def record(path: Path, *args: Any, **kwargs: Any) -> Any:
+        paths.append(path)
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors, "safe_open", record)
+    return paths
+
+
+def test_headers_are_read_once(sharded: Path, opened: list[Path]) -> None:
+    with CheckpointReader(sharded) as reader:
+        assert opened == weight_files(sharded)
+        for name in ("model.norm.weight", "model.embed_tokens.weight"):
+            assert reader.shape(name) and reader.dtype(name) and reader.num_bytes(name) and name in reader
+        assert opened == weight_files(sharded)
+        reader.read("model.norm.weight")
+        assert len(opened) == len(weight_files(sharded)) + 1
+
+
+@pytest.mark.parametrize("start", [None, 0, 1, -2, 4, 9])
+@pytest.mark.parametrize("stop", [None, 0, 3, -1, 5, 9])
+def test_rows(start: int | None, stop: int | None, tmp_path: Path) -> None:
+    stored = torch.arange(15.0).reshape(5, 3)
+    save_file({"a": stored, "vector": stored[:, 0].clone()}, tmp_path / SINGLE_FILE)
+    with CheckpointReader(tmp_path) as reader:
+        assert torch.equal(reader.read("a", start, stop), stored[start:stop])
+        assert torch.equal(reader.read("vector", start, stop), stored[start:stop, 0])
+
+
+def test_scalars_have_no_rows(tmp_path: Path) -> None:
+    save_file({"a": torch.tensor(3.0)}, tmp_path / SINGLE_FILE)
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.read("a") == 3 and reader.shape("a") == ()
+        with pytest.raises(ValueError, match="Tensor a in .* is a scalar"):
+            reader.read("a", 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [(torch.float64, 8), (torch.float32, 4), (torch.bfloat16, 2), (torch.int8, 1), (torch.bool, 1)]
+    + [(torch.float8_e4m3fn, 1), (torch.float8_e8m0fnu, 1), (torch.complex64, 8), (torch.uint16, 2)],
+)
+def test_num_bytes(dtype: torch.dtype, size: int, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2, 3).to(dtype), "empty": torch.zeros(0, 3).to(dtype)}, tmp_path / SINGLE_FILE)
+    with CheckpointReader(tmp_path) as reader:
+        assert reader.num_bytes("a") == 6 * size
+        assert reader.num_bytes("empty") == 0

@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cbd_hf.alphas import AUTO, check_alpha
+from cbd_hf.initializers import INITIALIZERS, RANDOM
+
 
 _UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
 
@@ -38,15 +41,18 @@ class InitArguments:
             "--config means the same unless its value is a .yaml recipe."
         },
     )
-    alpha: float | None = field(
+    alpha: str | None = field(
         default=None,
-        metadata={"help": "Weight of the smaller anchor, in [0, 1]; by default from the sizes."},
+        metadata={
+            "help": "Weight of the smaller anchor, in [0, 1]; by default from the sizes. By kind of part: "
+            "embeddings=0.9,attention=0.5,ffn=0.5,norms=0.7. auto searches with forward passes on --calibration."
+        },
     )
     initializer: str = field(
         default="chain",
         metadata={
-            "help": "chain interpolates; for comparison expand (smaller anchor alone), cut (larger alone), random.",
-            "choices": ["chain", "cut", "expand", "random"],
+            "help": "chain interpolates; the others are there for comparison (docs/initializers.md).",
+            "choices": sorted([*INITIALIZERS, RANDOM]),
         },
     )
     expansion: str = field(
@@ -56,6 +62,21 @@ class InitArguments:
             "neighbour (the paper's).",
             "choices": ["identity", "replicate"],
         },
+    )
+    selection: str = field(
+        default="first",
+        metadata={
+            "help": "Which channels, heads and units of the larger anchor stay: the first, evenly spaced ones "
+            "(stride), or the most important on --calibration.",
+            "choices": ["first", "stride", "importance"],
+        },
+    )
+    calibration: str | None = field(
+        default=None,
+        metadata={"help": "Text file for what is measured on text; its first 16 x 512 tokens are used."},
+    )
+    max_shard_size: str = field(
+        default="1GB", metadata={"help": "Of a weight file, such as 500MB; as much is held in memory."}
     )
     dtype: str | None = field(
         default=None,
@@ -70,10 +91,7 @@ class InitArguments:
     def __post_init__(self) -> None:
         if (self.n_params is None) == (self.target_config is None):
             raise ValueError("Give either n_params, such as 138e6, or target_config, and not both.")
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(
-                f"alpha={self.alpha} is outside [0, 1]. It weighs the smaller anchor: 1 takes it alone, 0 the larger."
-            )
+        check_alpha(parse_alpha(self.alpha))
 
     @property
     def sizes(self) -> list[float]:
@@ -81,6 +99,26 @@ class InitArguments:
         # A YAML file may give a number or a list.
         given = self.n_params if isinstance(self.n_params, list) else str(self.n_params or "").split(",")
         return [parse_size(str(size)) for size in given if str(size).strip()]
+
+
+def parse_alpha(text: str | float | None) -> float | dict[str, float] | str | None:
+    """
+    An alpha as written on the command line: `0.3`, `auto`, or `attention=0.5,ffn=0.3`.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text is None or text == AUTO or isinstance(text, int | float):
+        return text
+    try:
+        if "=" not in text:
+            return float(text)
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name.strip(): float(value) for name, value in pairs}
+    except ValueError:
+        raise ValueError(
+            f"alpha={text!r} is not understood; write 0.3, auto, or groups such as attention=0.5,ffn=0.3."
+        ) from None
 
 
 def parse_size(text: str) -> float:
@@ -109,13 +147,13 @@ def size_name(n_params: float) -> str:
 
 def run(args: InitArguments) -> list[dict[str, Any]]:
     """
-    Make the models, save them, and print a table.
+    Make the models in one pass over the anchors, straight into their directories, and print a table.
 
-    Each model appears in its directory in one step, when it is complete.
+    Each model appears in its directory in one step, when it is complete; none is ever in memory.
 
     Returns:
         `list[dict[str, Any]]`: one row per model: `n_params`, `layers`, `hidden_size`, `heads`, `alpha`, `seconds`
-        (of the initialisation), `bytes` (on disk) and `directory`.
+        (each model's share of the time), `bytes` (on disk) and `directory`.
 
     Raises:
         FileExistsError: an output directory holds something; nothing was written.
@@ -123,8 +161,8 @@ def run(args: InitArguments) -> list[dict[str, Any]]:
     """
     from cbd_hf._files import check_output_directory
     from cbd_hf.chain import DistillationChain
+    from cbd_hf.modeling import CBDModel
     from cbd_hf.report.tables import format_table
-    from cbd_hf.sizing import plan_config
 
     root = Path(args.output_dir)
     sizes = args.sizes
@@ -136,13 +174,33 @@ def run(args: InitArguments) -> list[dict[str, Any]]:
         check_output_directory(directory)
     config = _load_config(args.target_config) if args.target_config is not None else None
     chain = DistillationChain.from_pretrained(args.chain, revision=args.revision)
-    for size in sizes:  # every size is found possible before the first one is made
-        small, large = chain.adjacent(size)
-        plan_config(small.config, large.config, size)
-    wanted: list[float | None] = [*sizes] or [None]
-    rows = [_make(args, chain, size, config, directory) for directory, size in zip(directories, wanted, strict=True)]
+    options: dict[str, Any] = {
+        "config": config,
+        "alpha": parse_alpha(args.alpha),
+        "initializer": args.initializer,
+        "expansion": args.expansion,
+        "selection": args.selection,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "calibration": _calibration(args.calibration),
+    }
+    started = time.perf_counter()
+    configs = CBDModel.save_from_chain(
+        chain, sizes or None, directories, max_shard_size=args.max_shard_size, **options
+    )
+    seconds = (time.perf_counter() - started) / len(configs)
+    rows = [_row(config, directory, seconds) for config, directory in zip(configs, directories, strict=True)]
     print(format_table([_shown(row) for row in rows]))
     return rows
+
+
+def _calibration(path: str | None) -> str | None:
+    if path is None:
+        return None
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise FileNotFoundError(f"calibration {path} is not a file; give a text file.")
+    return found.read_text(encoding="utf-8")
 
 
 def _load_config(path: str) -> Any:
@@ -154,31 +212,17 @@ def _load_config(path: str) -> Any:
     return AutoConfig.from_pretrained(found)
 
 
-def _make(args: InitArguments, chain: Any, size: float | None, config: Any, directory: Path) -> dict[str, Any]:
-    from cbd_hf._files import commit_directory, staging_directory
-    from cbd_hf.modeling import CBDModel
+def _row(config: Any, directory: Path, seconds: float) -> dict[str, Any]:
+    from cbd_hf.families import get_family
+    from cbd_hf.layout import count_parameters, shape_of
 
-    started = time.perf_counter()
-    model: Any = CBDModel.from_chain(
-        chain,
-        size,
-        config=config,
-        alpha=args.alpha,
-        initializer=args.initializer,
-        expansion=args.expansion,  # type: ignore[arg-type]  # checked by the parser and by from_chain
-        dtype=args.dtype,
-        seed=args.seed,
-    )
-    seconds = time.perf_counter() - started
-    with staging_directory(directory.resolve()) as staging:
-        model.save_pretrained(staging)
-        commit_directory(staging, directory)
-    record = model.config.cbd
+    record = config.cbd
+    shape = shape_of(config, get_family(config))
     return {
-        "n_params": model.num_parameters(),
-        "layers": model.config.num_hidden_layers,
-        "hidden_size": model.config.hidden_size,
-        "heads": model.config.num_attention_heads,
+        "n_params": record.get("n_params") or count_parameters(config),
+        "layers": shape.layers,
+        "hidden_size": shape.hidden,
+        "heads": shape.heads,
         "alpha": record.get("alpha"),
         "start": record.get("initializer", f"anchor {record.get('anchor')}"),
         "seconds": round(seconds, 3),
@@ -189,7 +233,10 @@ def _make(args: InitArguments, chain: Any, size: float | None, config: Any, dire
 
 def _shown(row: dict[str, Any]) -> dict[str, str]:
     formats = {"n_params": ",", "bytes": ",", "alpha": ".3f", "seconds": ".2f"}
-    return {name: "-" if value is None else format(value, formats.get(name, "")) for name, value in row.items()}
+    return {
+        name: "-" if value is None else str(value) if isinstance(value, dict) else format(value, formats.get(name, ""))
+        for name, value in row.items()
+    }
 
 
 def _arguments(argv: Sequence[str]) -> list[str]:

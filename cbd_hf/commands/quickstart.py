@@ -138,7 +138,8 @@ def default_anchors(config: Any, max_steps: int) -> list[dict[str, Any]]:
 
     The first loses less by its cut and gets 60% of `max_steps`, the second all of them.
     """
-    from cbd_hf.layout import get_family, shape_of
+    from cbd_hf.families import get_family
+    from cbd_hf.layout import shape_of
 
     family = get_family(config)
     shape = shape_of(config, family)

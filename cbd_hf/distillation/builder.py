@@ -34,7 +34,8 @@ from cbd_hf.distillation.recipe import (
     stage_training,
 )
 from cbd_hf.distillation.stages import distil, make_once, measure_once, stage_record, supervise
-from cbd_hf.layout import check_same_family, count_parameters
+from cbd_hf.families import check_same_family
+from cbd_hf.layout import count_parameters
 
 
 logger = logging.getLogger(__name__)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cbd_hf.checkpoint import CheckpointReader
-from cbd_hf.initializers import assemble
-from cbd_hf.layout import Shape, config_with_shape, get_family, shape_of
+from cbd_hf.families import get_family
+from cbd_hf.initializers import TensorSource, assemble
+from cbd_hf.layout import Shape, config_with_shape, meta_model, shape_of
 from cbd_hf.sizing import plan_cut
 from cbd_hf.transforms import LayerMap, Trans, resized_eps
 from cbd_hf.transforms.basis import sort_by_importance
@@ -52,7 +53,8 @@ def cut_config(config: PretrainedConfig, options: Mapping[str, Any]) -> Pretrain
     wanted = {SHAPE_OPTIONS[name]: int(value) for name, value in options.items() if name != "n_params"}
     if "layers" in wanted and "n_params" in options:
         raise ValueError("Give either num_hidden_layers or n_params for an anchor, and not both.")
-    cut = replace(shape, **(_narrowed(shape, wanted.get("hidden", shape.hidden), family.heads_fill_hidden) | wanted))
+    wanted = _narrowed(shape, wanted.get("hidden", shape.hidden), family.heads_fill_hidden) | wanted
+    cut = replace(shape, **wanted)  # type: ignore[arg-type]  # all of these dimensions are numbers
     larger = [name for name, field in SHAPE_OPTIONS.items() if getattr(cut, field) > getattr(shape, field)]
     if larger:
         raise ValueError(f"An anchor is cut from a larger one, but {larger[0]} would grow: choose at most its value.")
@@ -87,7 +89,8 @@ def sorted_checkpoint(checkpoint: str | Path, calibration: Iterable[torch.Tensor
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    sort_by_importance(model, measure_importance(model, calibration))
+    family = get_family(model.config)
+    sort_by_importance(model, family, measure_importance(model, family, calibration))
     model.save_pretrained(output_dir)
 
 
@@ -115,15 +118,17 @@ def cut_checkpoint(
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
     family = get_family(model.config)
     source, target = shape_of(model.config, family), shape_of(config, family)
-    removed = least_important_layers(measure_importance(model, calibration), source.layers - target.layers)
-    prefix = model.base_model_prefix
-    eps = getattr(model.config, family.eps_field)
+    removed = least_important_layers(measure_importance(model, family, calibration), source.layers - target.layers)
+    outline = meta_model(model.config)
+    eps = {name: getattr(model.config, name) for name in family.eps_fields}
     del model
     kept = [layer for layer in range(source.layers) if layer not in removed]
-    setattr(config, family.eps_field, resized_eps(eps, source, target))
-    with CheckpointReader(checkpoint, prefix) as reader:
+    for name, value in eps.items():
+        setattr(config, name, resized_eps(value, source, target))
+    with CheckpointReader(checkpoint, model=outline) as reader:
         trans = Trans(reader, family, source, target, LayerMap(tuple(kept), (False,) * len(kept)))
-        student = assemble(config, torch.float32, trans.tensor)
+        cut = TensorSource(lambda name, rows: trans.tensor(name, rows=rows), trans.splits_by_rows, (trans,))
+        student = assemble(config, torch.float32, cut)
     if (Path(checkpoint) / "generation_config.json").is_file():
         student.generation_config = GenerationConfig.from_pretrained(checkpoint)
     student.save_pretrained(output_dir)

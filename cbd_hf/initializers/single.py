@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from cbd_hf.initializers.base import Blueprint, TensorSource
+from cbd_hf.initializers.base import Blueprint, Rows, TensorSource
 
 
 if TYPE_CHECKING:
@@ -22,24 +22,31 @@ def expand(blueprint: Blueprint) -> TensorSource:
     import torch
 
     std = getattr(blueprint.config, "initializer_range", 0.02)
-    generator = torch.Generator().manual_seed(blueprint.seed)
+    small = blueprint.small
     # What leads up to the output projections is, in an inserted layer too, the neighbour's and not noise alone.
-    copies = replace(blueprint.small, expansion="replicate")
+    copies = replace(small, expansion="replicate")
+    wider = replace(small.source, layers=0) != replace(small.target, layers=0)
 
-    def tensor(name: str) -> torch.Tensor:
+    def make(name: str, rows: Rows | None) -> torch.Tensor:
         spec = blueprint.family.spec(name)
-        shape = [sum(blueprint.small.target.size_of(role) for role in axis.roles) for axis in spec.axes]
-        lacks_width = blueprint.small.source != blueprint.small.target and len(shape) > 1 and spec.free
-        if not lacks_width:
-            return blueprint.small.tensor(name)
-        return copies.tensor(name, fill=torch.randn(shape, generator=generator).mul_(std))
+        shape = blueprint.target_shape(name)
+        if not (wider and len(shape) > 1 and spec.free):
+            return small.tensor(name, rows=rows)
+        fill = torch.randn(shape, generator=blueprint.generator(name)).mul_(std)
+        return copies.tensor(name, fill=fill)
 
-    return tensor
+    def splits(name: str) -> bool:
+        spec = blueprint.family.spec(name)
+        noisy = wider and len(spec.axes) > 1 and spec.free
+        return not noisy and small.splits_by_rows(name)
+
+    return TensorSource(make, splits, (small,))
 
 
 def cut(blueprint: Blueprint) -> TensorSource:
     """The larger anchor alone, cut to the target's shape (alpha = 0)."""
-    return blueprint.large.tensor
+    large = blueprint.large
+    return TensorSource(lambda name, rows: large.tensor(name, rows=rows), large.splits_by_rows, (large,))
 
 
 __all__ = ["cut", "expand"]

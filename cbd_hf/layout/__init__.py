@@ -1,22 +1,27 @@
-"""What every axis of every parameter means, and the dimensions a chain varies."""
+"""The words of a layout: what an axis of a parameter means, and the dimensions a chain varies."""
 
-from cbd_hf.layout.compatibility import check_same_family
-from cbd_hf.layout.families import FAMILIES, Axis, Family, TensorSpec, get_family
-from cbd_hf.layout.meta import count_parameters, meta_model, parameter_shapes
-from cbd_hf.layout.shape import Shape, config_with_shape, shape_of
+from cbd_hf.layout.axes import GROUPS, Axis, Norm, Segment, TensorSpec
+from cbd_hf.layout.family import Family, LayoutError
+from cbd_hf.layout.meta import count_parameters, meta_model, parameter_shapes, weight_shapes, weights_of
+from cbd_hf.layout.shape import Shape, config_with_shape, layer_kinds, per_layer_lists, shape_of
 
 
 __all__ = [
-    "FAMILIES",
+    "GROUPS",
     "Axis",
     "Family",
+    "LayoutError",
+    "Norm",
+    "Segment",
     "Shape",
     "TensorSpec",
-    "check_same_family",
     "config_with_shape",
     "count_parameters",
-    "get_family",
+    "layer_kinds",
     "meta_model",
     "parameter_shapes",
+    "per_layer_lists",
     "shape_of",
+    "weight_shapes",
+    "weights_of",
 ]

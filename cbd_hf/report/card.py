@@ -108,7 +108,8 @@ def _usage(chain: DistillationChain) -> str:
 def _size_between(small: int, large: int) -> str:
     """A short literal for a size strictly between two others."""
     middle = (small + large) / 2
-    for literal in (f"{middle / 1e6:.3g}e6", f"{middle / 1e6:.6g}e6"):
+    unit, suffix = (1e9, "e9") if middle >= 1e9 else (1e6, "e6")
+    for literal in (f"{middle / unit:.3g}{suffix}", f"{middle / unit:.6g}{suffix}"):
         if small < float(literal) < large:
             return literal
     return str(int(middle))

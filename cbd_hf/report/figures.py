@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,4 +59,50 @@ def plot_quickstart(report: Mapping[str, Any], path: str | Path) -> None:
     plt.close(figure)
 
 
-__all__ = ["STARTS", "plot_quickstart"]
+def plot_plan(models: Sequence[Mapping[str, Any]], anchors: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """
+    Layers and width against size, a mark for every model, the anchors as stars with their names.
+
+    Args:
+        models (`Sequence[Mapping]`): each with `n_params`, `layers` and `hidden`.
+        anchors (`Sequence[Mapping]`): the same, and `name`.
+        path (`str` or `Path`): the file; its ending decides the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+    low, high = (limit(anchor["n_params"] for anchor in anchors) for limit in (min, max))
+    figure, panels = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    for panel, (dimension, label) in zip(panels, (("layers", "layers"), ("hidden", "hidden size")), strict=True):
+        for rows, style in (
+            (models, {"marker": "o", "markersize": 4, "color": "#0b6e4f", "label": "planned sizes"}),
+            (anchors, {"marker": "*", "markersize": 13, "color": "#222222", "label": "anchors"}),
+        ):
+            sizes, values = [row["n_params"] for row in rows], [row[dimension] for row in rows]
+            panel.plot(sizes, values, linestyle="none", **style)
+        panel.set_ylabel(label)
+        panel.yaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(alpha=0.3)
+    for anchor in anchors:
+        # Up and to the left of an anchor there is nothing; only the smallest one stands at the edge.
+        side = "center" if anchor["n_params"] == low else "right"
+        place = (anchor["n_params"], anchor["layers"])
+        panels[0].annotate(anchor["name"], place, xytext=(0, 9), textcoords="offset points", ha=side, fontsize=9)
+    panels[0].margins(y=0.15)
+    panels[0].legend(loc="lower right", fontsize=8)
+    panels[1].set_xscale("log")
+    # Powers of ten are too far apart for a chain: a few round numbers between its ends instead.
+    ticks = [low * (high / low) ** (step / 6) for step in range(7)] if high > low else [low]
+    digits = 2 if high > 2 * low else 3
+    panels[1].set_xticks(sorted({float(f"{tick:.{digits}g}") for tick in ticks}))
+    panels[1].xaxis.set_minor_locator(NullLocator())
+    panels[1].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size / 1e6:g}"))
+    panels[1].set_xlabel("parameters (million, logarithmic)")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+__all__ = ["STARTS", "plot_plan", "plot_quickstart"]

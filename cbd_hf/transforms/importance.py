@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from cbd_hf.layout import get_family, shape_of
+from cbd_hf.layout import Family, shape_of
 
 
 if TYPE_CHECKING:
@@ -22,19 +22,20 @@ class Importance:
 
     Args:
         hidden (`torch.Tensor`): float64, shape (hidden,); one score per channel of the residual stream.
-        kv_heads (`list[torch.Tensor]`): per layer, float64, shape (kv_heads,); a key/value head with its query heads.
-        ffn (`list[torch.Tensor]`): per layer, float64, shape (ffn,).
+        kv_heads (`list[torch.Tensor | None]`): per layer, float64, shape (kv_heads,); a key/value head with its query
+            heads. `None` in a layer without attention.
+        ffn (`list[torch.Tensor | None]`): per layer, float64, shape (ffn,). `None` in a layer of experts.
         angles (`torch.Tensor`): float64, shape (layers + 1, layers + 1); `[i, j]` is the mean angle, in units of pi,
             between the stream before layer i and before layer j (after the last layer for j = layers).
     """
 
     hidden: torch.Tensor
-    kv_heads: list[torch.Tensor]
-    ffn: list[torch.Tensor]
+    kv_heads: list[torch.Tensor | None]
+    ffn: list[torch.Tensor | None]
     angles: torch.Tensor
 
 
-def measure_importance(model: PreTrainedModel, batches: Iterable[torch.Tensor]) -> Importance:
+def measure_importance(model: PreTrainedModel, family: Family, batches: Iterable[torch.Tensor]) -> Importance:
     """
     Run calibration text through a model and score its parts.
 
@@ -44,16 +45,16 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[torch.Tensor]) 
 
     Args:
         model (`PreTrainedModel`): of a supported family.
+        family (`Family`): its layout.
         batches (`Iterable[torch.Tensor]`): token ids, int64, shape (rows, length), without padding.
     """
     import torch
 
-    family = get_family(model.config)
     shape = shape_of(model.config, family)
     sums: dict[str, torch.Tensor] = {}
     angles = torch.zeros(shape.layers + 1, shape.layers + 1, dtype=torch.float64)
     count = 0
-    with torch.inference_mode(), _recorded_inputs(model, sums):
+    with torch.inference_mode(), _recorded_inputs(model, family, sums):
         for tokens in batches:
             # A hook sees the stream before the last norm; hidden_states[-1] is already normalised.
             outputs = model(input_ids=tokens.to(model.device), output_hidden_states=True, use_cache=False)
@@ -65,22 +66,19 @@ def measure_importance(model: PreTrainedModel, batches: Iterable[torch.Tensor]) 
                     angles[i, j] += torch.arccos(cosine).sum() / torch.pi
             count += tokens.numel()
     hidden = torch.stack([value for name, value in sums.items() if name.startswith("norm ")]).sum(0)
-    per_layer: dict[str, list[torch.Tensor]] = {"query": [], "ffn": []}
-    for layer in range(shape.layers):
-        for role, values in per_layer.items():
-            values.append(sums[f"{role} {layer}"])
-    kv_heads = [value.view(shape.kv_heads, -1).sum(-1) for value in per_layer["query"]]
-    return Importance(hidden, kv_heads, per_layer["ffn"], angles / count)
+    heads, ffn = ([sums.get(f"{role} {layer}") for layer in range(shape.layers)] for role in ("query", "ffn"))
+    kv_heads = [value.view(shape.kv_heads, -1).sum(-1) if value is not None else None for value in heads]
+    return Importance(hidden, kv_heads, ffn, angles / count)
 
 
 @contextmanager
-def _recorded_inputs(model: PreTrainedModel, sums: dict[str, torch.Tensor]) -> Iterator[None]:
+def _recorded_inputs(model: PreTrainedModel, family: Family, sums: dict[str, torch.Tensor]) -> Iterator[None]:
     """Sum, under `"norm <module>"`, `"query <layer>"` and `"ffn <layer>"`, the squared inputs of those modules."""
 
-    family = get_family(model.config)
     modules = dict(model.named_modules())
     names = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
-    last_norm = [name for name in names if family.spec(name).norm_gain and family.split(name)[0] is None][-1]
+    gains = [name for name in names if (norm := family.spec(name).norm) is not None and norm.role == "hidden"]
+    last_norm = [name for name in gains if family.split(name)[0] is None][-1]
     handles = []
 
     def add(key: str, value: torch.Tensor) -> None:
@@ -89,7 +87,7 @@ def _recorded_inputs(model: PreTrainedModel, sums: dict[str, torch.Tensor]) -> I
     for name in names:
         spec, (layer, _) = family.spec(name), family.split(name)
         module = modules[name.removesuffix(".weight")]
-        if spec.norm_gain:
+        if name in gains:
 
             def on_norm(module: torch.nn.Module, args: tuple, name: str = name) -> None:
                 energy = args[0].detach().float().flatten(0, -2).square()
@@ -99,8 +97,10 @@ def _recorded_inputs(model: PreTrainedModel, sums: dict[str, torch.Tensor]) -> I
 
             handles.append(module.register_forward_pre_hook(on_norm))
         elif spec.block_output and len(spec.axes) == 2:
-            dim = next(index for index, axis in enumerate(spec.axes) if axis.side == "in")
-            (role,) = spec.axes[dim].roles
+            dim = next((index for index, axis in enumerate(spec.axes) if axis.side == "in"), None)
+            role = spec.axes[dim].roles[0] if dim is not None else ""
+            if dim is None or role not in ("query", "ffn"):  # experts, and what is not one head or unit each
+                continue
             length = module.weight.detach().float().square().sum(1 - dim)
 
             def on_output(

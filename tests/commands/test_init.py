@@ -7,16 +7,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hf import CBDModel, DistillationChain, plan_config
 from cbd_hf.cli import main as cbd
-from cbd_hf.commands.init import InitArguments, main, parse_size, size_name
+from cbd_hf.commands.init import InitArguments, main, parse_alpha, parse_size, size_name
+from cbd_hf.shards import ShardWriter
 from tests.chain.helpers import assert_same_weights
 
 
@@ -128,11 +128,11 @@ def test_bad_input_writes_nothing(tiny_chain: Path, tmp_path: Path, capsys: pyte
 
 
 def test_failure_leaves_nothing(tiny_chain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: PreTrainedModel, directory: Path, **kwargs: Any) -> None:
-        (Path(directory) / "config.json").write_text("{}")
+    def full(self: ShardWriter) -> None:
+        (self.directory / "half.safetensors").write_text("")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(ShardWriter, "_flush", full)
     with pytest.raises(OSError, match="No space"):
         main([str(tiny_chain), "--n_params", str(sizes(tiny_chain)[0]), "--output_dir", str(tmp_path / "target")])
     assert list(tmp_path.iterdir()) == []
@@ -164,3 +164,37 @@ def test_sizes() -> None:
     # As a YAML file gives them: a number, a text, a list.
     for given in (138e6, "138e6", [138e6]):
         assert InitArguments(chain="c", output_dir="o", n_params=given).sizes == [138e6]  # type: ignore[arg-type]
+
+
+def test_alphas() -> None:
+    assert [parse_alpha(text) for text in (None, "auto", "0.3", 0.3, "attention=0.5, ffn=0.25")] == [
+        None,
+        "auto",
+        0.3,
+        0.3,
+        {"attention": 0.5, "ffn": 0.25},
+    ]
+    with pytest.raises(ValueError, match="alpha='half' is not understood"):
+        parse_alpha("half")
+    with pytest.raises(ValueError, match=r"unknown group\(s\) \['mlp'\]"):
+        InitArguments(chain="c", output_dir="o", n_params="1e6", alpha="mlp=0.5")
+
+
+def test_groups_and_calibration(tiny_chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = str(sizes(tiny_chain)[0])
+    common = [str(tiny_chain), "--n_params", size, "--output_dir"]
+    main([*common, str(tmp_path / "groups"), "--alpha", "attention=0.5,ffn=1"])
+    expected = CBDModel.from_chain(tiny_chain, float(size), alpha={"attention": 0.5, "ffn": 1.0})
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "groups")
+    assert_same_weights(made, expected)
+    assert made.config.cbd["alpha"]["attention"] == 0.5
+
+    with pytest.raises(ValueError, match="alpha='auto' runs text through a model: give calibration"):
+        main([*common, str(tmp_path / "none"), "--alpha", "auto"])
+    text = tmp_path / "text.txt"
+    text.write_text("w1 w2 w3 w4 w5 w6 w7 w8 " * 40)
+    main([*common, str(tmp_path / "auto"), "--alpha", "auto", "--calibration", str(text)])
+    record = json.loads((tmp_path / "auto" / "config.json").read_text())["cbd"]
+    trials = record["alpha_search"]["trials"]
+    assert len(trials) >= 6
+    assert record["alpha"] == min(trials, key=lambda trial: trial[1])[0]

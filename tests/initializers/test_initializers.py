@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PretrainedConfig, PreTrainedModel
 
+from cbd_hf.alphas import by_group
 from cbd_hf.checkpoint import CheckpointReader
-from cbd_hf.initializers import INITIALIZERS, Blueprint, assemble
-from cbd_hf.layout import config_with_shape, get_family, shape_of
+from cbd_hf.families import get_family
+from cbd_hf.initializers import INITIALIZERS, Blueprint, Rows, TensorSource, assemble, fill_model, made, row_blocks
+from cbd_hf.layout import config_with_shape, meta_model, shape_of, weight_shapes
 from cbd_hf.transforms import Trans, align_layers, resized_eps
 
 from ..models import logits, random_model, random_tokens, tiny_config
@@ -33,12 +40,13 @@ class Setup:
         self.readers = []
         for name, model in (("small", self.small), ("large", self.large)):
             model.save_pretrained(directory / name)
-            self.readers.append(CheckpointReader(directory / name))
+            self.readers.append(CheckpointReader(directory / name, model=meta_model(model.config)))
 
     def target_config(self, config: PretrainedConfig) -> PretrainedConfig:
         config = config_with_shape(config, shape_of(config, self.layout), self.layout)
         source, target = shape_of(self.small.config, self.layout), shape_of(config, self.layout)
-        setattr(config, self.layout.eps_field, resized_eps(getattr(config, self.layout.eps_field), source, target))
+        for name in self.layout.eps_fields:
+            setattr(config, name, resized_eps(getattr(config, name), source, target))
         return config
 
     def blueprint(self, alpha: float = 0.3, seed: int = 0) -> Blueprint:
@@ -49,7 +57,7 @@ class Setup:
             Trans(reader, self.layout, shape, target, layers)
             for reader, shape, layers in zip(self.readers, shapes, maps, strict=True)
         )
-        return Blueprint(self.config, self.layout, small, large, alpha, seed)
+        return Blueprint(self.config, self.layout, small, large, by_group(alpha, alpha), seed)
 
     def model(self, initializer: str, alpha: float = 0.3, seed: int = 0) -> PreTrainedModel:
         return assemble(self.config, torch.float32, INITIALIZERS[initializer](self.blueprint(alpha, seed)))
@@ -142,14 +150,89 @@ def test_cut_reads_the_large_anchor_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_assemble_writes_every_parameter(dtype: torch.dtype) -> None:
     config = tiny_config("llama")
-    asked = []
+    asked: list[str] = []
+    shapes = weight_shapes(config)
 
-    def source(name: str) -> torch.Tensor:
+    def make(name: str, rows: Rows | None) -> torch.Tensor:
+        assert rows is None
         asked.append(name)
-        return torch.tensor(float(len(asked)))
+        return torch.full(shapes[name], float(len(asked)))
 
-    model = assemble(config, dtype, source)
+    model = assemble(config, dtype, TensorSource(make, lambda name: False, ()))
     assert asked == [name for name, _ in model.named_parameters()]
     for value, parameter in enumerate(model.parameters(), start=1):
         assert parameter.dtype == dtype and bool((parameter == value).all())
     assert not model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_value_of_another_shape_is_refused() -> None:
+    """Nothing is spread over a parameter by accident."""
+    source = TensorSource(lambda name, rows: torch.zeros(()), lambda name: False, ())
+    with pytest.raises(ValueError, match=r"embed_tokens.weight was made with shape \(\), not \(64, 32\)"):
+        assemble(tiny_config("llama"), torch.float32, source)
+
+
+def test_all_is_checked_before_anything_is_written(tmp_path: Path) -> None:
+    setup = Setup("llama", tmp_path)
+    model = random_model(tiny_config("llama", layers=3, heads=4, intermediate_size=77), seed=5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match="of the target has shape"):
+        fill_model(model, INITIALIZERS["chain"](setup.blueprint()))
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@given(rows=st.integers(1, 3_000_000), width=st.sampled_from([1, 7, 4096, 5_000_000]), splits=st.booleans())
+def test_blocks_of_rows(rows: int, width: int, splits: bool) -> None:
+    """They cover every row once, and each is no larger than the first that must be."""
+    blocks = list(itertools.islice(row_blocks((rows, width), splits), 100_000))
+    if blocks == [None]:
+        assert not splits or rows * width <= 1 << 22 or rows < 2
+        return
+    assert splits and blocks[0][0] == 0
+    assert all(one[1] == other[0] for one, other in zip(blocks, blocks[1:], strict=False))
+    if len(blocks) < 100_000:
+        assert blocks[-1][1] == rows
+    assert all(stop - start == 1 or (stop - start) * width <= 1 << 22 for start, stop in blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", ["chain", "cut", "expand"])
+def test_rows_at_a_time_make_the_same(family: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(family, tmp_path, heads=6)
+    whole = setup.model(name)
+    # The package exports a function of the module's name.
+    monkeypatch.setattr(importlib.import_module("cbd_hf.initializers.assemble"), "_BLOCK", 100)
+    source = INITIALIZERS[name](setup.blueprint())
+    assert any(source.splits(name) for name, _ in whole.named_parameters())
+    pieces = setup.model(name)
+    for key, parameter in whole.named_parameters():
+        assert torch.equal(parameter, pieces.get_parameter(key)), key
+        outline = torch.empty(parameter.shape, dtype=torch.bfloat16, device="meta")
+        assert torch.equal(made(key, outline, source), parameter.to(torch.bfloat16)), key
+
+
+def test_alpha_by_group(tmp_path: Path) -> None:
+    setup = Setup("gpt2", tmp_path)
+    alphas = {"embeddings": 0.1, "attention": 0.35, "ffn": 0.6, "norms": 0.85}
+    blueprint = replace(setup.blueprint(), alpha=alphas)
+    model = assemble(setup.config, torch.float32, INITIALIZERS["chain"](blueprint))
+    groups = {"wte": "embeddings", "wpe": "embeddings", "attn": "attention", "mlp": "ffn", "ln_": "norms"}
+    for name, parameter in model.named_parameters():
+        alpha = alphas[next(group for part, group in groups.items() if part in name)]
+        large = blueprint.large.tensor(name)
+        small = blueprint.small.tensor(name, fill=large)
+        torch.testing.assert_close(parameter, alpha * small + (1 - alpha) * large, msg=name)
+
+
+def test_epsilon_is_blended_like_the_gains(tmp_path: Path) -> None:
+    setup = Setup("llama", tmp_path, heads=6)
+    values = {0: 1e-5, 1: 1e-6}
+    for name, expected in (
+        ("expand", 1e-5 * 32 / 48),
+        ("cut", 1e-6 * 64 / 48),
+        ("chain", 0.3 * 1e-5 * 32 / 48 + 0.7 * 1e-6 * 64 / 48),
+    ):
+        source = INITIALIZERS[name](setup.blueprint(0.3))
+        sides = [index for index, _ in enumerate(source.trans)]
+        known = values if len(sides) == 2 else {0: values[0 if name == "expand" else 1]}
+        assert source.eps(known) == pytest.approx(expected, rel=1e-6), name

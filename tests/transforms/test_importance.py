@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
-from cbd_hf.layout import get_family, shape_of
-from cbd_hf.transforms import resize
+from cbd_hf.families import get_family
+from cbd_hf.layout import shape_of
+from cbd_hf.transforms import WidthMap, resize
 from cbd_hf.transforms.basis import sort_by_importance
 from cbd_hf.transforms.importance import Importance, least_important_layers, measure_importance
 
@@ -23,7 +24,7 @@ def some_model(family: str, layers: int = 3) -> PreTrainedModel:
 
 
 def measure(model: PreTrainedModel) -> Importance:
-    return measure_importance(model, [random_tokens(seed=1), random_tokens(2, 9, seed=2)])
+    return measure_importance(model, get_family(model.config), [random_tokens(seed=1), random_tokens(2, 9, seed=2)])
 
 
 def layer_list(model: PreTrainedModel) -> torch.nn.ModuleList:
@@ -40,7 +41,7 @@ def test_sorting_keeps_the_function(family: str) -> None:
     scores = measure(model)
     before = logits(model)
     names = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    sort_by_importance(model, scores)
+    sort_by_importance(model, get_family(model.config), scores)
     torch.testing.assert_close(logits(model), before, rtol=1e-5, atol=1e-5)
     changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, names[name])]
     assert len(changed) > len(names) * 2 // 3
@@ -51,7 +52,7 @@ def test_sorted_models_are_sorted(family: str) -> None:
     """Measured again, every score falls: what a prefix keeps is what scored highest."""
     model = some_model(family)
     before = measure(model)
-    sort_by_importance(model, before)
+    sort_by_importance(model, get_family(model.config), before)
     after = measure(model)
     for old, new in zip(
         (before.hidden, *before.kv_heads, *before.ffn), (after.hidden, *after.kv_heads, *after.ffn), strict=True
@@ -68,9 +69,9 @@ def test_prefix_keeps_the_highest_scored_rows(family: str) -> None:
     name = "transformer.wte.weight" if family == "gpt2" else "model.embed_tokens.weight"
     embedding = model.get_parameter(name).detach().clone()
     shape = shape_of(model.config, layout)
-    sort_by_importance(model, scores)
+    sort_by_importance(model, get_family(model.config), scores)
     target = replace(shape, hidden=32, heads=4, kv_heads=4 // shape.group)
-    kept = resize(model.get_parameter(name).detach(), layout.spec(name), layout, shape, target)
+    kept = resize(model.get_parameter(name).detach(), layout.spec(name), WidthMap(layout, shape, target))
     assert torch.equal(kept, embedding[:, scores.hidden.argsort(descending=True)[:32]])
 
 
@@ -90,7 +91,7 @@ def test_scores_against_the_activations(family: str) -> None:
         for key, module in modules.items()
     ]
     tokens = random_tokens()
-    scores = measure_importance(model, [tokens])
+    scores = measure_importance(model, get_family(model.config), [tokens])
     for handle in handles:
         handle.remove()
     expected = {}
@@ -105,7 +106,7 @@ def test_scores_against_the_activations(family: str) -> None:
 def test_channel_scores_are_blind_to_the_stream_growing() -> None:
     """Each norm's input counts alike: together they sum to one unit per channel, norm and token."""
     model = some_model("llama")
-    scores = measure_importance(model, [random_tokens()])
+    scores = measure_importance(model, get_family(model.config), [random_tokens()])
     norms, tokens = 2 * model.config.num_hidden_layers + 1, random_tokens().numel()
     assert float(scores.hidden.sum()) == pytest.approx(norms * tokens * model.config.hidden_size, rel=1e-4)
 
@@ -140,7 +141,7 @@ def test_angles_of_the_stream(family: str) -> None:
         )
         for module in watched
     ]
-    scores = measure_importance(model, [tokens])
+    scores = measure_importance(model, get_family(model.config), [tokens])
     for handle in handles:
         handle.remove()
     for i in range(3):
@@ -153,7 +154,7 @@ def test_hooks_are_removed() -> None:
     model = some_model("llama")
     measure(model)
     with pytest.raises(IndexError):
-        measure_importance(model, [torch.tensor([[10**6]])])
+        measure_importance(model, get_family(model.config), [torch.tensor([[10**6]])])
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 

@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from cbd_hf.checkpoint import CheckpointReader
-from cbd_hf.layout import Shape, config_with_shape, get_family, shape_of
-from cbd_hf.transforms import LayerMap, Trans, align_layers, resized_eps
+from cbd_hf.checkpoint import CheckpointError, CheckpointReader
+from cbd_hf.families import get_family
+from cbd_hf.layout import Shape, meta_model, shape_of, weights_of
+from cbd_hf.transforms import First, LayerMap, StateDict, Stride, Trans, align_layers
 
-from ..models import FAMILY_NAMES, logits, random_model, tiny_config
+from ..models import FAMILY_NAMES, logits, random_model, tiny_config, transform
 
 
 PROPERTY = settings(
@@ -24,29 +25,6 @@ PROPERTY = settings(
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-
-
-def transform(
-    model: PreTrainedModel, target: Shape, directory: Path, layers: LayerMap | None = None, expansion: str = "identity"
-) -> PreTrainedModel:
-    """The model that Trans makes of `model` alone."""
-    family = get_family(model.config)
-    source = shape_of(model.config, family)
-    model.save_pretrained(directory)
-    if layers is None:
-        deeper = max(source.layers, target.layers)
-        shallow = min(source.layers, target.layers)
-        small, large = align_layers(shallow, deeper, target.layers)
-        layers = small if source.layers == shallow else large
-    config = config_with_shape(model.config, target, family)
-    setattr(config, family.eps_field, resized_eps(getattr(config, family.eps_field), source, target))
-    with CheckpointReader(directory, model.base_model_prefix) as reader:
-        trans = Trans(reader, family, source, target, layers, expansion)
-        result = AutoModelForCausalLM.from_config(config).eval()
-        with torch.no_grad():
-            for name, parameter in result.named_parameters():
-                parameter.copy_(trans.tensor(name))
-    return result
 
 
 def wider(config: PretrainedConfig, kv_heads: int, layers: int, extra_ffn: int = 0) -> Shape:
@@ -137,9 +115,85 @@ def test_shape_mismatch_names_the_tensor(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     family = get_family(model.config)
     wrong = replace(shape_of(model.config, family), ffn=64)
-    with CheckpointReader(tmp_path) as reader:
+    with CheckpointReader(tmp_path, model=meta_model(model.config)) as reader:
         trans = Trans(reader, family, wrong, wrong, LayerMap((0, 1, 2), (False,) * 3))
+        wide = random_model(tiny_config("llama", intermediate_size=64))
         with pytest.raises(
-            ValueError, match=r"gate_proj.weight .* has shape \(128, 32\), but its config says \(64, 32\)"
+            ValueError, match=r"gate_proj.weight in .* has shape \(128, 32\), but its config says \(64, 32\)"
         ):
-            trans.tensor("model.layers.0.mlp.gate_proj.weight")
+            trans.check(weights_of(wide))
+
+
+def test_layers_that_the_checkpoint_lacks() -> None:
+    model = random_model(tiny_config("llama", layers=2))
+    family = get_family(model.config)
+    shape = shape_of(model.config, family)
+    reader = StateDict(dict(model.named_parameters()))
+    deep = replace(shape, layers=3)
+    trans = Trans(reader, family, deep, deep, LayerMap((0, 1, 2), (False,) * 3))
+    with pytest.raises(CheckpointError, match=r"no tensor model\.layers\.2\.self_attn"):
+        trans.check(weights_of(random_model(tiny_config("llama", layers=3))))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("direction", ["wider", "narrower", "stride", "clone"])
+@pytest.mark.parametrize("filled", [False, True])
+def test_some_rows_are_those_of_the_whole(family: str, direction: str, filled: bool) -> None:
+    """Where `splits_by_rows` says so, and for whatever it does not say so nothing is promised."""
+    model = random_model(tiny_config(family, heads=6))
+    layout = get_family(model.config)
+    source = shape_of(model.config, layout)
+    kv_heads = 4 // source.group if direction in ("narrower", "stride") else 12 // source.group
+    target = replace(
+        source, heads=kv_heads * source.group, kv_heads=kv_heads, hidden=kv_heads * source.group * 8, ffn=source.ffn
+    )
+    target = replace(target, ffn=90 if target.hidden < source.hidden else 300)
+    trans = Trans(
+        StateDict({name: value.detach() for name, value in model.named_parameters()}),
+        layout,
+        source,
+        target,
+        LayerMap((0, 1, 1, 2), (False, False, True, False)),
+        selection=Stride() if direction == "stride" else First(),
+        growth="clone" if direction == "clone" else "pad",
+    )
+    split = 0
+    names = [name for name, _ in random_model(tiny_config(family, layers=4, heads=6)).named_parameters()]
+    for name in names:
+        if not trans.splits_by_rows(name):
+            continue
+        shape = trans.target_shape(name)
+        fill = torch.randn(shape) if filled else None
+        whole = trans.tensor(name, fill=fill)
+        assert tuple(whole.shape) == shape
+        for start, stop in ((0, 1), (0, shape[0]), (shape[0] // 3, shape[0] // 2 + 1), (shape[0] - 2, shape[0])):
+            part = trans.tensor(name, fill=None if fill is None else fill[start:stop], rows=(start, stop))
+            assert torch.equal(part, whole[start:stop]), (name, start, stop)
+        split += 1
+    assert split > len(names) // 3
+
+
+def test_the_arithmetic_is_float32_unless_asked() -> None:
+    model = random_model(tiny_config("llama")).to(torch.bfloat16)
+    layout = get_family(model.config)
+    shape = shape_of(model.config, layout)
+    trans = Trans(
+        StateDict({name: value.detach() for name, value in model.named_parameters()}),
+        layout,
+        shape,
+        replace(shape, hidden=40),
+        LayerMap((0, 1, 2), (False,) * 3),
+    )
+    assert trans.tensor("model.norm.weight").dtype == torch.float32
+    assert trans.tensor("model.norm.weight", dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_target_that_is_not_of_the_family() -> None:
+    """The shape of a parameter must be what Trans makes, or fixed sizes would be written where they do not fit."""
+    model = random_model(tiny_config("llama"))
+    layout = get_family(model.config)
+    shape = shape_of(model.config, layout)
+    trans = Trans(StateDict(weights_of(model)), layout, shape, shape, LayerMap((0, 1, 2), (False,) * 3))
+    trans.check(weights_of(meta_model(model.config)))
+    with pytest.raises(ValueError, match=r"embed_tokens.weight of the target has shape \(80, 32\), but .* \(64, 32\)"):
+        trans.check(weights_of(meta_model(tiny_config("llama", vocab_size=80))))

@@ -1,0 +1,313 @@
+"""`cbd plan`: what each size of a chain would be, before any is made. Only chain.json and configs are read."""
+
+# No `from __future__ import annotations`: HfArgumentParser needs real types.
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from cbd_hf.planning import PlanAnchor, PlannedModel, Workload
+
+_FIGURES = (".png", ".pdf", ".svg")
+
+
+@dataclass
+class PlanArguments:
+    """
+    Which chain, which sizes, and what for. Give `chain`, or `configs` of models that might become one.
+
+    Args:
+        chain (`str`, *optional*): directory or Hub id of a chain.
+        configs (`str`, *optional*): config files, or directories that hold one, separated by commas.
+        n_params (`str`, *optional*): sizes such as `138e6` or `138M`, separated by commas; by default all.
+    """
+
+    chain: str | None = field(
+        default=None,
+        metadata={
+            "help": "Directory or Hub id of a chain; may stand first, without --chain. Its weights are neither read "
+            "nor downloaded."
+        },
+    )
+    configs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of a chain: the anchors' config.json files, or directories that hold one, in any order, "
+            "separated by commas. --config means the same unless its value is a .yaml file with these options."
+        },
+    )
+    n_params: str | None = field(
+        default=None,
+        metadata={
+            "help": "Wanted parameters, such as 138e6 or 138M; several separated by commas. By default every size "
+            "that the chain has."
+        },
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Type of weights and cache in serving, and of the computation in training, where bfloat16 and "
+            "float16 mean mixed precision with float32 master weights. By default that of the anchors' configs; "
+            "float32 if they name none or several.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    sequence_length: int = field(
+        default=1024, metadata={"help": "Tokens of a sequence, prompt and answer together: for FLOPs and cache."}
+    )
+    batch_size: int = field(default=1, metadata={"help": "Sequences that are served at a time: for the cache."})
+    every: int | None = field(
+        default=None, metadata={"help": "Of all sizes show each so many-th, and the anchors. Not with n_params."}
+    )
+    limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Of all sizes show at most so many: the anchors, the rest spread evenly over the logarithm of the "
+            "size. Not with n_params."
+        },
+    )
+    json: str | None = field(
+        default=None,
+        metadata={"help": "Write the plan to this JSON file, which must not exist; - prints it instead of the table."},
+    )
+    figure: str | None = field(
+        default=None,
+        metadata={
+            "help": "Draw size against layers and width to this .png, .pdf or .svg file, which must not exist. Needs "
+            "matplotlib."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a chain on the Hub."})
+
+    def __post_init__(self) -> None:
+        if (self.chain is None) == (self.configs is None):
+            raise ValueError("Give either a chain, its directory or Hub id, or configs, and not both.")
+        if self.n_params is not None and (self.every is not None or self.limit is not None):
+            raise ValueError("every and limit thin out the list of all sizes; leave them out with n_params.")
+        if self.figure is not None and Path(self.figure).suffix not in _FIGURES:
+            raise ValueError(f"figure={self.figure!r} must end in {', '.join(_FIGURES[:-1])} or {_FIGURES[-1]}.")
+        for option in ("json", "figure"):
+            path = getattr(self, option)
+            if path not in (None, "-") and Path(path).exists():
+                raise FileExistsError(f"{path} exists; choose another file for {option} or move it away.")
+
+    @property
+    def sizes(self) -> list[float]:
+        """The wanted numbers of parameters; empty for all."""
+        from cbd_hf.commands.init import parse_size
+
+        return [parse_size(size) for size in _listed(self.n_params)]
+
+
+def _listed(given: Any) -> list[str]:
+    """The items of a text with commas; a YAML file may give a number or a list."""
+    items = given if isinstance(given, list) else str("" if given is None else given).split(",")
+    return [str(item).strip() for item in items if str(item).strip()]
+
+
+def run(args: PlanArguments) -> "list[PlannedModel]":
+    """
+    Plan the sizes, print a table, and write the JSON file and the figure that are asked for.
+
+    Returns:
+        `list[PlannedModel]`: one per size; wanted sizes in their order, all sizes from the smallest.
+
+    Raises:
+        FileNotFoundError: no such chain or config.
+        FileExistsError: an output file exists; nothing was written.
+        ValueError: a size outside the chain, or anchors that do not belong together.
+    """
+    from cbd_hf._files import atomic_write_text
+    from cbd_hf.planning import Workload, plan_every_size, plan_sizes
+
+    if args.n_params is not None and not args.sizes:
+        raise ValueError(f"n_params={args.n_params!r} names no size; write 138e6 or 138M, or leave it out for all.")
+    if args.figure is not None:
+        _check_matplotlib()
+    # Refused for its numbers before a chain is looked for; the default type is only known with the anchors.
+    workload = Workload(args.dtype or "float32", args.sequence_length, args.batch_size)
+    anchors = _chain_anchors(args.chain, args.revision) if args.chain is not None else _config_anchors(args.configs)
+    if args.dtype is None:
+        workload = Workload(_common_dtype(anchors), args.sequence_length, args.batch_size)
+    if args.sizes:
+        models = plan_sizes(anchors, args.sizes, workload)
+    else:
+        models = plan_every_size(anchors, workload, every=args.every, limit=args.limit, progress=True)
+    text = _json(models, anchors, workload)
+    print(text if args.json == "-" else format_plan(models, anchors, workload))
+    if args.json not in (None, "-"):
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(args.json, text + "\n")
+    if args.figure is not None:
+        from dataclasses import asdict
+
+        from cbd_hf.report.figures import plot_plan
+
+        Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
+        plot_plan([asdict(model) for model in models], [_described(anchor) for anchor in anchors], args.figure)
+    return models
+
+
+def _chain_anchors(name: str, revision: str | None) -> "list[PlanAnchor]":
+    from cbd_hf._hub import local_directory
+    from cbd_hf._manifest import ANCHORS, MANIFEST
+    from cbd_hf.chain import DistillationChain
+    from cbd_hf.planning import plan_anchors
+
+    patterns = (MANIFEST, f"{ANCHORS}/*/config.json")
+    directory = local_directory(name, what="Chain", allow_patterns=patterns, revision=revision)
+    # Not verified: the weights need not be there.
+    chain = DistillationChain.from_pretrained(directory, verify=None)
+    for anchor in chain:
+        if not (anchor.path / "config.json").is_file():
+            raise FileNotFoundError(f"{anchor.path / 'config.json'} is missing; copy or download the chain again.")
+    anchors = plan_anchors({anchor.name: anchor.config for anchor in chain})
+    for found in anchors:
+        recorded = chain[found.name].n_params
+        if found.n_params != recorded:
+            raise ValueError(
+                f"{chain[found.name].path / 'config.json'} describes {found.n_params:,} parameters, but {MANIFEST} "
+                f"records {recorded:,} for {found.name}. Copy or download the chain again."
+            )
+    return anchors
+
+
+def _config_anchors(given: Any) -> "list[PlanAnchor]":
+    from transformers import AutoConfig
+
+    from cbd_hf.planning import plan_anchors
+
+    configs = {}
+    for name in _listed(given):
+        path = Path(name).expanduser()
+        if not (path / "config.json" if path.is_dir() else path).is_file():
+            raise FileNotFoundError(f"configs: {name} is neither a config file nor a directory with a config.json.")
+        # resolved: "." and "config.json" have a directory's name as well
+        directory = path.resolve() if path.is_dir() else path.resolve().parent
+        label = directory.name if path.is_dir() or path.name == "config.json" else path.stem
+        configs[name if label in configs else label] = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    return plan_anchors(configs)
+
+
+def _common_dtype(anchors: "Sequence[PlanAnchor]") -> str:
+    from cbd_hf.planning import BYTES_PER_VALUE
+
+    named = {str(anchor.config.dtype).removeprefix("torch.") for anchor in anchors}
+    (only,) = named if len(named) == 1 else ("float32",)
+    return only if only in BYTES_PER_VALUE else "float32"
+
+
+def _check_matplotlib() -> None:
+    import importlib.util
+
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError('--figure needs matplotlib: pip install "cbd_hf[report]", or leave it out.')
+
+
+def _described(anchor: "PlanAnchor") -> dict[str, Any]:
+    shape = anchor.shape
+    return {"name": anchor.name, "n_params": anchor.n_params, "layers": shape.layers, "hidden": shape.hidden}
+
+
+def _json(models: "Sequence[PlannedModel]", anchors: "Sequence[PlanAnchor]", workload: "Workload") -> str:
+    import json
+    from dataclasses import asdict
+
+    plan = {
+        "workload": asdict(workload),
+        "anchors": [_described(anchor) for anchor in anchors],
+        "models": [asdict(model) for model in models],
+    }
+    return json.dumps(plan, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def format_plan(models: "Sequence[PlannedModel]", anchors: "Sequence[PlanAnchor]", workload: "Workload") -> str:
+    """The plan as a table for a terminal, with what its numbers are for."""
+    from cbd_hf.planning import TRAINING_BYTES
+    from cbd_hf.report.tables import format_table
+    from cbd_hf.sizing import format_size
+
+    listed = " < ".join(f"{anchor.name} ({format_size(anchor.n_params)})" for anchor in anchors)
+    title = f"{anchors[0].config.model_type}: {listed}; {len(models)} sizes"
+    notes = (
+        f"FLOPs: per token, mean over {workload.sequence_length:,} tokens. serve: {workload.dtype} weights and the "
+        f"cache of {workload.batch_size} x {workload.sequence_length:,} tokens.\n"
+        f"train: weights, gradients and AdamW's moments, {TRAINING_BYTES[workload.dtype]} bytes per parameter "
+        f"({'float32' if workload.dtype == 'float32' else f'{workload.dtype} over float32 weights'}). "
+        "Activations are not included."
+    )
+    return f"{title}\n{format_table(_shown(models))}\n{notes}"
+
+
+def _shown(models: "Sequence[PlannedModel]") -> list[dict[str, str]]:
+    costs = {
+        "forward": _column([model.forward_flops for model in models], 1000, _FLOPS),
+        "fwd+bwd": _column([model.training_flops for model in models], 1000, _FLOPS),
+        "serve": _column([model.serving_bytes for model in models], 1024, _BYTES),
+        "train": _column([model.training_bytes for model in models], 1024, _BYTES),
+    }
+    rows = []
+    for index, model in enumerate(models):
+        row = {"n_params": f"{model.n_params:,}"}
+        if model.wanted is not None:
+            row |= {"wanted": f"{model.wanted:,.0f}", "off": f"{model.difference_percent:+.2f}%"}
+        for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn"):
+            row[name] = str(getattr(model, name))
+        row |= {f"{name} {unit}": values[index] for name, (unit, values) in costs.items()}
+        row["alpha"] = "-" if model.alpha is None else f"{model.alpha:.3f}"
+        row["between"] = f"anchor {model.small}" if model.is_anchor else f"{model.small} .. {model.large}"
+        rows.append(row)
+    return rows
+
+
+_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+_BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def _column(values: Sequence[int], step: int, units: Sequence[str]) -> tuple[str, list[str]]:
+    """The largest unit that leaves no value below 1, so that a column can be compared, and the values in it."""
+    power = 0
+    while min(values) >= step ** (power + 1) and power < len(units) - 1:
+        power += 1
+    return units[power], [f"{value / step**power:,.{2 if power else 0}f}" for value in values]
+
+
+def _arguments(argv: Sequence[str]) -> list[str]:
+    """The chain may stand first without its name, and `--config` may name models' configs instead of options."""
+    arguments = list(argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments.insert(0, "--chain")
+    for index, (option, value) in enumerate(zip(arguments, arguments[1:], strict=False)):
+        if option == "--config" and not value.endswith((".yaml", ".yml")):
+            arguments[index] = "--configs"
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Show what each size of a chain would be: shape, FLOPs per token, memory to serve and to train, alpha, neighbours.
+
+    Everything is computed from configs; no weights are needed. docs/planning.md has the formulas.
+    """
+    import sys
+
+    from trl import TrlParser
+
+    arguments: Any = PlanArguments  # the annotation of TrlParser accepts no class
+    parser = TrlParser(
+        arguments,
+        prog="cbd plan",
+        usage="cbd plan CHAIN [--n_params 138e6,220e6] ...",
+        description=main.__doc__,
+    )
+    (args,) = parser.parse_args_and_config(_arguments(sys.argv[1:] if argv is None else argv))
+    # One process is enough: the others of an `accelerate launch` have nothing to do.
+    if int(os.environ.get("RANK", "0")) == 0:
+        run(args)
+
+
+__all__ = ["PlanArguments", "format_plan", "main", "run"]
