@@ -3,15 +3,15 @@ Seconds and peak memory of `CBDModel.from_chain` against reading its input, and 
 
     python benchmarks/from_chain.py [--json] [--cases gpt2-138m ...] [--repeats 3] [--cold] [--directory DIR]
 
-Checkpoints of full shape with random weights are made once in the directory (16 GB for all cases). Every run is a fresh
-process; the three ways take turns:
+Checkpoints of full shape with random weights are made once in the directory (20 GB for all cases). Every run is a
+fresh process; the three ways take turns:
 
 * read:   the anchors' tensors that the target is made from, read with safetensors and copied into memory;
 * ours:   `CBDModel.from_chain`;
 * naive:  both anchors through `from_pretrained`, then mixed in float32, tensor by tensor.
 
-Times are medians, without imports and without opening the chain; peaks are the largest resident memory above that of the
-process after its imports. Files are in the page cache, or with --cold dropped from it before each run.
+Times are medians, without imports and without opening the chain; peaks are the largest resident memory above that of
+the process after its imports. Files are in the page cache, or with --cold dropped from it before each run.
 `peak_over_target` is measured against the bytes of the target's weights.
 """
 
@@ -132,16 +132,17 @@ def read(used: dict[Path, list[str]]) -> None:
 
 
 def used_tensors(loaded: Any, n_params: float) -> dict[Path, list[str]]:
-    """File -> the tensors that the target needs of it; anchors of these families are stored as the model names them."""
+    """File -> the tensors that the target needs of it."""
     from cbd_hf.layout import weights_of
     from cbd_hf.targets import Wish, open_target
 
     used: dict[Path, set[str]] = {}
     with open_target(loaded, Wish(n_params=n_params)) as target:
         assert target.source is not None
-        names = list(weights_of(target.outline()))
-        for anchor, trans in zip(target.pair, target.source.trans, strict=True):
-            used.setdefault(anchor.path / "model.safetensors", set()).update(map(trans.source_name, names))
+        for name in weights_of(target.outline()):
+            for trans in target.source.trans:
+                for path, stored in trans.reader.stored(trans.source_name(name)):
+                    used.setdefault(path, set()).add(stored)
     return {path: sorted(names) for path, names in used.items()}
 
 
@@ -266,8 +267,9 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 continue
             print(
-                f"{case:<12} {row['parameters']:>13,}  {row['time_over_read']:>9.2f}  {row['peak_over_target']:>11.2f}  "
-                f"{row['time_over_naive']:>10.2f}  {row['peak_over_naive']:>10.2f}   {row['seconds']}",
+                f"{case:<12} {row['parameters']:>13,}  {row['time_over_read']:>9.2f}  "
+                f"{row['peak_over_target']:>11.2f}  {row['time_over_naive']:>10.2f}  {row['peak_over_naive']:>10.2f}   "
+                f"{row['seconds']}",
                 flush=True,
             )
 

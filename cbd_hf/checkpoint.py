@@ -170,6 +170,12 @@ class CheckpointReader:
         source = self._require(name)
         return self._headers[source].num_bytes if isinstance(source, str) else self._outline(name, source).nbytes
 
+    def stored(self, name: str) -> list[tuple[Path, str]]:
+        """The tensors in files, as (file, stored name), that tensor `name` is made from."""
+        source = self._require(name)
+        names = [source] if isinstance(source, str) else source.names
+        return [(self._headers[stored].file, stored) for stored in names]
+
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> torch.Tensor:
         """
         Tensor `name` on the CPU in its stored dtype, or its rows `start:stop` (of dimension 0, as in a slice).

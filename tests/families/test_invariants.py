@@ -195,19 +195,7 @@ NOT_CLONED = ("bloom", "bloom-untied", "falcon-alibi")
 """Heads that carry a position have no equals to be copies of."""
 
 
-ROUTED = pytest.mark.xfail(
-    strict=True, reason="a router's weight has no side, so that its copies do not share (infer._raw_sides)"
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=ROUTED if name.startswith(("mixtral", "qwen2_moe", "qwen3_moe")) else ())
-        for name in CASES
-        if name not in NOT_CLONED
-    ],
-)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in NOT_CLONED])
 def test_cloning(name: str, tmp_path: Path) -> None:
     """Twice of everything: the same logits, without a coordinate that is zero."""
     model = made(name)
