@@ -59,8 +59,12 @@ class Wish:
         if self.alpha == "auto" and self.initializer != "chain":
             raise ValueError(f"alpha='auto' searches for initializer='chain', not {self.initializer!r}.")
         if self.calibration is None:
-            for name, value in (("alpha", "auto"), ("selection", "importance"), ("initializer", "weight_subcloning")):
-                if getattr(self, name) == value:
+            for name, values in (
+                ("alpha", ("auto",)),
+                ("selection", ("importance",)),
+                ("initializer", ("importance", "weight_subcloning")),
+            ):
+                if (value := getattr(self, name)) in values:
                     raise ValueError(
                         f"{name}={value!r} runs text through a model: give calibration, some texts or token ids."
                     )

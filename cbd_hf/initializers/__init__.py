@@ -7,7 +7,7 @@ from cbd_hf.initializers.hypercloning import hypercloning
 from cbd_hf.initializers.learngene import auto_learngene, vanilla_learngene
 from cbd_hf.initializers.single import cut, expand
 from cbd_hf.initializers.stacking import interleave, stack, stride
-from cbd_hf.initializers.subcloning import weight_subcloning
+from cbd_hf.initializers.subcloning import importance, weight_subcloning
 from cbd_hf.initializers.weight_selection import weight_selection
 
 
@@ -17,6 +17,7 @@ INITIALIZERS: dict[str, Initializer] = {
     "expand": expand,
     "auto_learngene": auto_learngene,
     "hypercloning": hypercloning,
+    "importance": importance,
     "interleave": interleave,
     "stack": stack,
     "stride": stride,
@@ -41,6 +42,7 @@ __all__ = [
     "expand",
     "fill_model",
     "hypercloning",
+    "importance",
     "interleave",
     "interpolate",
     "made",

@@ -1,4 +1,4 @@
-"""Weight subcloning (arXiv 2312.09299): the most important part of the larger anchor, rescaled."""
+"""The most important part of the larger anchor: as it is, or rescaled (weight subcloning, arXiv 2312.09299)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,30 @@ from cbd_hf.initializers.base import Blueprint, Rows, TensorSource
 from cbd_hf.initializers.stacking import fewer_layers
 from cbd_hf.layout import Family, TensorSpec
 from cbd_hf.transforms import MostImportant
-from cbd_hf.transforms.depth import SUBSET_MAPS
+from cbd_hf.transforms.depth import SUBSET_MAPS, without
+from cbd_hf.transforms.importance import by_block_influence
 
 
 if TYPE_CHECKING:
     import torch
+
+
+def importance(blueprint: Blueprint) -> TensorSource:
+    """
+    The larger anchor's most important layers (block influence, ShortGPT, arXiv 2403.03853), and in these its most
+    important channels, heads and FFN units by their activations (Minitron, arXiv 2407.14679), on calibration text.
+    Norms' gains are corrected for the smaller width, as in [`cut`]; the function is not kept.
+
+    Raises:
+        ValueError: there is no calibration text; the target has more layers than the larger anchor, or fewer than two
+            less; a layer would come from one of another kind.
+    """
+    if blueprint.importance is None:
+        raise ValueError("initializer='importance' scores parts by their activations on text: give calibration.")
+    measured = blueprint.importance()
+    layers = fewer_layers(blueprint, "importance", without(by_block_influence(measured)))
+    large = replace(blueprint.large, layers=layers, selection=MostImportant(measured))
+    return TensorSource(lambda name, rows: large.tensor(name, rows=rows), large.splits_by_rows, (large,))
 
 
 def weight_subcloning(blueprint: Blueprint) -> TensorSource:
@@ -67,4 +86,4 @@ def _normalised(family: Family) -> set[str]:
     return {role for role in norms if norms.count(role) == 1 and not (role == "query" and "key_value" in norms)}
 
 
-__all__ = ["weight_subcloning"]
+__all__ = ["importance", "weight_subcloning"]

@@ -147,4 +147,15 @@ def least_important_layers(importance: Importance, count: int) -> list[int]:
     return order[::-1]
 
 
-__all__ = ["Importance", "least_important_layers", "measure_importance"]
+def by_block_influence(importance: Importance) -> list[int]:
+    """
+    All layers in the order of their removal: the one that turns the residual stream least goes first (block influence,
+    arXiv 2403.03853, by mean angle instead of mean 1 - cosine), the first and the last layer excepted.
+
+    Unlike [`least_important_layers`] it judges every layer alone, with all others in place.
+    """
+    layers = importance.angles.shape[0] - 1
+    return sorted(range(1, layers - 1), key=lambda layer: float(importance.angles[layer, layer + 1]))
+
+
+__all__ = ["Importance", "by_block_influence", "least_important_layers", "measure_importance"]

@@ -71,8 +71,11 @@ def scores(shape: Shape) -> Importance:
         return torch.rand(count, generator=generator, dtype=torch.float64)
 
     layers = range(shape.layers)
+    angles = torch.zeros(shape.layers + 1, shape.layers + 1, dtype=torch.float64)
+    for layer in layers:  # later layers matter less, so the first inner ones stay
+        angles[layer, layer + 1] = 1 / (layer + 1)
     return Importance(
-        some(shape.hidden), [some(shape.kv_heads) for _ in layers], [some(shape.ffn) for _ in layers], torch.empty(0)
+        some(shape.hidden), [some(shape.kv_heads) for _ in layers], [some(shape.ffn) for _ in layers], angles
     )
 
 
@@ -499,9 +502,24 @@ def test_what_a_norm_scales_is_not_scaled_twice() -> None:
         torch.testing.assert_close(normed[key], value * scale, msg=key)
 
 
-def test_subcloning_needs_text() -> None:
+@pytest.mark.parametrize("name", ["importance", "weight_subcloning"])
+def test_scores_need_text(name: str) -> None:
     with pytest.raises(ValueError, match="give calibration"):
-        INITIALIZERS["weight_subcloning"](Setup("gpt2").blueprint(calibrated=False))
+        INITIALIZERS[name](Setup("gpt2").blueprint(calibrated=False))
+
+
+def test_important_layers_channels_and_units() -> None:
+    """Layers by block influence, and in them the best channels and units, cut out by plain indexing."""
+    setup = Setup("llama")
+    _, wide, narrow = setup.shapes
+    large = tensors_of(setup.anchors[1])
+    made = setup.tensors("importance")
+    layers = [*range(narrow.layers - 1), wide.layers - 1]
+    channels = setup.importance.hidden.argsort(descending=True)[: narrow.hidden].sort().values
+    for target, source in enumerate(layers):
+        units = setup.importance.ffn[source].argsort(descending=True)[: narrow.ffn].sort().values
+        name = "model.layers.{}.mlp.down_proj.weight"
+        assert torch.equal(made[name.format(target)], large[name.format(source)][channels][:, units])
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -524,7 +542,7 @@ def test_at_its_own_depth_the_small_anchor_is_expanded(name: str) -> None:
         INITIALIZERS[name](cut_target(setup.blueprint(), 1))
 
 
-@pytest.mark.parametrize("name", ["stride", "weight_selection", "weight_subcloning"])
+@pytest.mark.parametrize("name", ["importance", "stride", "weight_selection", "weight_subcloning"])
 def test_too_many_layers_for_a_subset(name: str) -> None:
     with pytest.raises(ValueError, match="larger anchor's 8 layers, but the target has 9"):
         INITIALIZERS[name](cut_target(Setup("gpt2").blueprint(), 9))
@@ -545,6 +563,7 @@ KINDS = {
     "weight_selection": None,
     "auto_learngene": None,
     "vanilla_learngene": "layer 5 of the anchor in place of the target's layer 2",
+    "importance": "layer 7 of the anchor in place of the target's layer 4",
     "weight_subcloning": "layer 6 of the anchor in place of the target's layer 3",
 }
 

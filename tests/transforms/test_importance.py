@@ -14,7 +14,13 @@ from cbd_hf.families import get_family
 from cbd_hf.layout import shape_of
 from cbd_hf.transforms import WidthMap, resize
 from cbd_hf.transforms.basis import sort_by_importance
-from cbd_hf.transforms.importance import Importance, least_important_layers, measure_importance
+from cbd_hf.transforms.depth import without
+from cbd_hf.transforms.importance import (
+    Importance,
+    by_block_influence,
+    least_important_layers,
+    measure_importance,
+)
 
 from ..models import FAMILY_NAMES, logits, random_model, random_tokens, tiny_config
 
@@ -188,3 +194,15 @@ def test_cheapest_side_goes_first() -> None:
 def test_too_many_layers(count: int) -> None:
     with pytest.raises(ValueError, match=f"Cannot remove {count} of 4 layers: at most 2"):
         least_important_layers(with_angles(torch.zeros(5, 5)), count)
+
+
+def test_block_influence_judges_every_layer_alone() -> None:
+    """Layers 2 and 4 turn the stream least by themselves, though together with their neighbours they do not."""
+    angles = torch.full((7, 7), 0.5, dtype=torch.float64)
+    for layer, angle in enumerate([0.0, 0.3, 0.1, 0.4, 0.05, 0.01]):
+        angles[layer, layer + 1] = angle
+    order = by_block_influence(Importance(torch.ones(4), [], [], angles))
+    assert order == [4, 2, 1, 3]  # the first and the last layer stay
+    assert without(order)(6, 4).sources == (0, 1, 3, 5)
+    with pytest.raises(ValueError, match="only 4 may be removed"):
+        without(order)(6, 1)
