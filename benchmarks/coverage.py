@@ -3,16 +3,16 @@ Which causal LM architectures of Transformers a chain can be made of, tried end 
 
     python benchmarks/coverage.py [--types gpt2,llama] [--json | --markdown]
 
-For every model type: a tiny config, two anchors with random weights (gains, biases and buffers too), the larger one wider
-and deeper; both saved; a chain made of them; then through `CBDModel.from_chain`:
+For every model type: a tiny config, two anchors with random weights (gains, biases and buffers too), the larger one
+wider and deeper; both saved; a chain made of them; then through `CBDModel.from_chain`:
 
 * a model between the two, expanded from the smaller anchor, has its logits and generates the same tokens;
 * the anchors' own configs give their weights bit for bit;
 * the expanded model cut back to the smaller anchor's shape gives its weights;
 * what is saved and loaded again is equal, and tied weights stay tied.
 
-`works`: all of it. `refuses`: a `ValueError` says why before anything is written. `wrong`: anything else. Nothing of the
-package's own proof of a layout is used, and tokens, windows and weights are others than there.
+`works`: all of it. `refuses`: a `ValueError` says why before anything is written. `wrong`: anything else. Nothing of
+the package's own proof of a layout is used, and tokens, windows and weights are others than there.
 """
 
 from __future__ import annotations
@@ -44,19 +44,33 @@ TOLERANCE = 1e-3  # of logits, in units of their deviation: weights are made in 
 LENGTH = 24  # tokens; windows are shrunk to 8
 SECONDS = 240  # allowed for one type
 
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 # Values without which no model can be built from the type's default config.
 REPAIRED: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
     "hunyuan_v1_dense": {"head_dim": 128},
-    "hunyuan_v1_moe": {"head_dim": 128},
-    "nemotron": {"head_dim": 128},
-    "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "topk_group": 1},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_moe": {"head_dim": 128, "num_experts": 4, "moe_topk": 2},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+    "cohere_compass_text": {
+        "rope_parameters": {name: dict(_ROPE) for name in ("full_attention", "sliding_attention")}
+    },
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
+    "xmod": {"default_language": "en_XX"},
+    "reformer": {"is_decoder": True},
+    "deepseek_v2": {"topk_method": "greedy", "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    "dots1": {
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
 }
 # Norms that write the residual stream itself; with a gain that is not uniform, expansion is not exact
 # (docs/building.md), so theirs is.
-UNIFORM = {"bloom": "word_embeddings_layernorm.weight"}
-WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention")
+UNIFORM = {"bloom": "word_embeddings_layernorm.weight", "mbart": "layernorm_embedding.weight"}
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size", "local_attention", "index_topk")
 
 
 @dataclass
@@ -91,7 +105,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
     from cbd_hf.layout.miniature import miniature
 
-    config = miniature(AutoConfig.for_model(model_type, **REPAIRED.get(model_type, {})))
+    try:
+        default = AutoConfig.for_model(model_type, **REPAIRED.get(model_type, {}))
+    except Exception as error:  # of the class's own validation
+        raise ValueError(f"The class refuses its own default config ({error}).") from error
+    config = miniature(default)
     short = {name: 8 for name in WINDOWS if type(getattr(config, name, None)) is int and getattr(config, name) > 8}
     tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
     return type(config).from_dict(config.to_dict() | short | tokens)
@@ -144,14 +162,13 @@ def wider_shapes(shape: Shape, family: Family) -> Iterator[tuple[Shape, Shape]]:
     else:
         steps = [((kv + 1, group), (kv + 2, group))]
     steps += [((2 * kv, group), (4 * kv, group))]
-    for (middle, large), factor in itertools.product(steps, (0.5, 1.0)):
-        channels = int(shape.hidden * factor)
+    for (middle, large), channels in itertools.product(steps, (math.lcm(8, shape.heads), shape.hidden)):
         yield grown(*middle, channels, 24), grown(*large, 2 * channels, 48)
     yield grown(kv, group, shape.hidden, 32), grown(kv, group, 3 * shape.hidden, 64)  # heads as they are
 
 
-def pick_configs(config: PretrainedConfig, family: Family) -> tuple[PretrainedConfig, PretrainedConfig]:
-    """(large, middle) configs of which models can be built and run; the large one is wider and deeper than `config`."""
+def pick_shapes(config: PretrainedConfig, family: Family) -> tuple[PretrainedConfig, Shape]:
+    """A wider and deeper config than `config`, and a shape between; models of both can be built and run."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -171,7 +188,7 @@ def pick_configs(config: PretrainedConfig, family: Family) -> tuple[PretrainedCo
                     copy = type(candidate).from_dict(candidate.to_dict())
                     with torch.no_grad():
                         AutoModelForCausalLM.from_config(copy).eval()(input_ids=tokens_of(copy), use_cache=False)
-                return wide, between
+                return wide, replace(middle, layers=depth)
             except Exception as problem:  # sizes that the architecture does not allow
                 failure = failure or problem
     raise Broken(f"no wider model can be built ({type(failure).__name__}: {failure})")
@@ -186,24 +203,30 @@ def tokens_of(config: PretrainedConfig) -> torch.Tensor:
 
 
 def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy in float64, whose experts run one by one (the grouped kernels know no float64)."""
+    """A copy in float64 where the class can, whose experts run one by one (the grouped kernels know no float64)."""
     import torch
     from transformers import AutoModelForCausalLM
 
     config = type(model.config).from_dict(model.config.to_dict())
     config._experts_implementation = "eager"
-    copy = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager").eval()
-    copy.load_state_dict(model.state_dict())
-    copy.tie_weights()
+    for dtype in (torch.float64, torch.float32):
+        copy = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        copy.load_state_dict(model.state_dict())
+        copy.tie_weights()
+        try:
+            logits(copy)
+            break
+        except RuntimeError:  # it knows no float64
+            pass
     return copy
 
 
 def logits(model: PreTrainedModel) -> torch.Tensor:
-    """Of a float64 model, shape (2, `LENGTH`, vocab)."""
+    """Float64, shape (2, `LENGTH`, vocab)."""
     import torch
 
     with torch.no_grad():
-        return model(input_ids=tokens_of(model.config), use_cache=False).logits
+        return model(input_ids=tokens_of(model.config), use_cache=False).logits.double()
 
 
 def difference(model: PreTrainedModel, expected: torch.Tensor) -> float:
@@ -255,13 +278,15 @@ def check(model_type: str, directory: Path) -> float:
 
     from cbd_hf import CBDModel, DistillationChain
     from cbd_hf.families import get_family
+    from cbd_hf.sizing import lattice_config
 
     config = tiny_config(model_type)
     family = get_family(config)
-    wide, between = pick_configs(config, family)
+    wide, shape = pick_shapes(config, family)
     for name, anchor_config in (("large", wide), ("small", config)):
         random_model(anchor_config, seed=len(name)).save_pretrained(directory / name)
     chain = DistillationChain.from_anchors([directory / "large", directory / "small"], directory / "chain")
+    between = lattice_config(chain["small"].config, chain["large"].config, shape, family)
     anchors = {anchor.name: anchor.load_model() for anchor in chain}
     small = anchors["small"]
     in_doubles = in_float64(small)
@@ -356,7 +381,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     parser.add_argument("--markdown", action="store_true", help="a Markdown table")
     args = parser.parse_args()
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "CBD_LAYOUT_CACHE": "off"}  # every layout is learned here
     warnings.filterwarnings("ignore")
     import torch
     import transformers

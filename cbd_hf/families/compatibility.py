@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbd_hf.families.learn import get_family
 from cbd_hf.layout import Family, per_layer_lists, shape_of
+from cbd_hf.layout.shape import INDEX_LISTS, layer_counts
 
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _function(config: PretrainedConfig, family: Family) -> dict[str, Any]:
     """Attributes that shape the function and are no dimension of the chain."""
     layers = getattr(config, family.fields["layers"])
     beside = {*family.fields.values(), *family.eps_fields, *family.inert, *family.follows_hidden, "head_dim"}
-    beside |= set(per_layer_lists(config, layers))  # aligned layer by layer later
+    beside |= {*per_layer_lists(config, layers), *INDEX_LISTS, *layer_counts(config, layers)}  # aligned layer by layer
     values = {
         name: value for name, value in config.to_dict().items() if name not in beside and not _BESIDE.search(name)
     }

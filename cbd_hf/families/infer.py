@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cbd_hf.families.modules import Observed, kind_of, observe, writes_by_name
-from cbd_hf.families.packings import ALIBI, Measured, candidates
+from cbd_hf.families.packings import ALIBI, Measured, Scaling, candidates
 from cbd_hf.families.probes import Probes
 from cbd_hf.layout import Axis, Family, LayoutError, Norm, Segment, TensorSpec
 from cbd_hf.layout.axes import Group, Side
@@ -180,14 +180,14 @@ def _side(seen: Observed, name: str, dim: int) -> Side:
     return "none"
 
 
-def assemble_family(draft: Draft, packings: Packings, width_power: float) -> Family:
+def assemble_family(draft: Draft, packings: Packings, scaling: Scaling) -> Family:
     """
     The family under given answers.
 
     Args:
         draft (`Draft`): from [`draft`].
         packings (`Packings`): the answer to every question.
-        width_power (`float`): the architecture multiplies embeddings by hidden ** width_power.
+        scaling (`Scaling`): of embeddings and of the stream.
 
     Raises:
         LayoutError: layers of one name differ in their tensors' meaning.
@@ -196,13 +196,14 @@ def assemble_family(draft: Draft, packings: Packings, width_power: float) -> Fam
     specs: dict[str, TensorSpec] = {}
     for name in probes.axes:
         local = _local(seen, name)
-        spec = _spec(draft, name, packings, width_power)
+        spec = _spec(draft, name, packings, scaling)
         if specs.setdefault(local, spec) != spec:
             raise LayoutError(
                 f"{probes.config.model_type}: {local} means different things in different layers; this is not "
                 "supported."
             )
     stream_kinds = {spec.norm.kind for spec in specs.values() if spec.norm is not None and spec.norm.role == "hidden"}
+    stream_kinds |= set(seen.bare_readers.values())
     if len(stream_kinds) > 1:
         raise LayoutError(f"{probes.config.model_type} mixes LayerNorm and RMSNorm on its stream; not supported.")
     norm = stream_kinds.pop() if stream_kinds else "rms"
@@ -219,7 +220,7 @@ def assemble_family(draft: Draft, packings: Packings, width_power: float) -> Fam
         tensors=specs,
         norm=norm,
         fields=dict(probes.fields),
-        eps_fields=probes.eps_fields,
+        eps_fields=() if scaling.stream else probes.eps_fields,
         heads_fill_hidden=probes.heads_fill_hidden,
         ffn_per_hidden=probes.ffn_per_hidden or _derived_ffn(draft),
         follows_hidden=probes.follows_hidden,
@@ -247,7 +248,7 @@ def _alibi(draft: Draft) -> str | None:
     return rule if rule and uses else None
 
 
-def _spec(draft: Draft, name: str, packings: Packings, width_power: float) -> TensorSpec:
+def _spec(draft: Draft, name: str, packings: Packings, scaling: Scaling) -> TensorSpec:
     seen = draft.seen
     parent, module, attribute = seen.owner[name]
     subject = _local(seen, name).rpartition(".")[0]
@@ -259,18 +260,23 @@ def _spec(draft: Draft, name: str, packings: Packings, width_power: float) -> Te
         axes.append(Axis(chosen, _side(seen, name, dim)))
     kind = kind_of(module)
     if parent in seen.norms and attribute in ("weight", "bias"):
-        return _norm_spec(draft, name, axes, width_power)
+        return _norm_spec(draft, name, axes, scaling)
     if kind == "other":
         axes = _raw_sides(axes, attribute)
+        if len(axes) == 1 and axes[0].roles == ("hidden",) and "bias" in attribute:
+            axes = [replace(axes[0], side="out")]  # added to the stream by the module itself
     spec = TensorSpec(tuple(axes), _group(draft, name, axes, in_layer))
-    if spec.writes_stream and in_layer:
-        return replace(spec, block_output=True)
-    if module is seen.model.get_input_embeddings():
-        return replace(spec, width_power=width_power)
+    if spec.writes_stream:
+        power = scaling.stream
+        if module is seen.model.get_input_embeddings():
+            power += scaling.embedding
+        return replace(spec, block_output=in_layer, width_power=power)
+    if parent in seen.bare_readers and any(axis.roles == ("hidden",) and axis.side == "in" for axis in axes):
+        return replace(spec, width_power=0.5)  # what a gain would take
     return spec
 
 
-def _norm_spec(draft: Draft, name: str, axes: list[Axis], width_power: float) -> TensorSpec:
+def _norm_spec(draft: Draft, name: str, axes: list[Axis], scaling: Scaling) -> TensorSpec:
     seen = draft.seen
     parent, _, attribute = seen.owner[name]
     kind, offset = seen.norms[parent]
@@ -280,8 +286,11 @@ def _norm_spec(draft: Draft, name: str, axes: list[Axis], width_power: float) ->
     writes = parent in seen.stream_norms
     before_head = seen.tied and not parent.startswith(seen.layer_prefix) and not writes
     norm = Norm(kind, axis.segments[0].role, offset, writes, before_head)  # type: ignore[arg-type]
-    # A tied head is scaled down with the embedding, so what meets it is scaled up.
-    power = -width_power if before_head else 0.0
+    power = 0.0
+    if before_head:  # a tied head is scaled with the embedding, so what meets it is scaled the other way
+        power = -scaling.embedding - scaling.stream
+    elif writes or norm.role == "hidden" and seen.producer.get(parent, "").startswith(seen.layer_prefix):
+        power = scaling.stream  # given to the stream
     return TensorSpec(tuple(axes), "norms", norm=norm, norm_gain=attribute == "weight", width_power=power)
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Kind = Literal["linear", "conv1d", "embedding", "norm", "other"]
+NormKind = Literal["rms", "layer"]
 
 # Names under which parameters without a module of their own (experts) write back to the stream.
 _WRITERS = ("down", "output", "w2", "wo", "o_proj", "out_proj")
@@ -32,6 +33,7 @@ class Observed:
         producer (`dict[str, str]`): norm -> the projection whose output it normalises.
         consumer (`dict[str, str]`): norm -> a projection that reads its output.
         norms (`dict[str, tuple[str, float]]`): module -> (kind, gain's offset), of those that normalise.
+        bare_readers (`dict[str, NormKind]`): projection -> kind of the norm without a gain whose output it reads.
         tied (`bool`): the output head is the embedding.
     """
 
@@ -43,6 +45,7 @@ class Observed:
     producer: dict[str, str] = field(default_factory=dict)
     consumer: dict[str, str] = field(default_factory=dict)
     norms: dict[str, tuple[str, float]] = field(default_factory=dict)
+    bare_readers: dict[str, NormKind] = field(default_factory=dict)
     tied: bool = False
 
 
@@ -82,6 +85,7 @@ def observe(model: PreTrainedModel, layers: int) -> Observed:
     stack = modules[seen.layer_prefix[:-1]]
     inputs: dict[str, int] = {}
     outputs: dict[str, int] = {}
+    widths: dict[str, int] = {}
     layer_inputs: set[int] = set()
     alive: list[Any] = []  # while these live, no other tensor takes their address
     handles = []
@@ -95,12 +99,13 @@ def observe(model: PreTrainedModel, layers: int) -> Observed:
     for layer in stack.children():
         handles.append(layer.register_forward_pre_hook(on_layer, with_kwargs=True))
     for name, module in modules.items():
-        if next(module.children(), None) is None and next(module.parameters(recurse=False), None) is not None:
+        if next(module.children(), None) is None:
 
             def on_leaf(module: torch.nn.Module, args: tuple, output: Any, name: str = name) -> None:
                 if args and isinstance(args[0], torch.Tensor) and isinstance(output, torch.Tensor):
                     alive.extend([args[0], output])
                     inputs[name], outputs[name] = args[0].data_ptr(), output.data_ptr()
+                    widths[name] = output.shape[-1]
 
             handles.append(module.register_forward_hook(on_leaf))
     try:
@@ -119,6 +124,8 @@ def observe(model: PreTrainedModel, layers: int) -> Observed:
     for name in projections:
         counts[inputs[name]] = counts.get(inputs[name], 0) + 1
     seen.shared_input = {name for name in projections if counts[inputs[name]] > 1}
+    bare = {outputs[name]: kind for name in outputs if (kind := _bare_norm(modules[name], widths[name])) is not None}
+    seen.bare_readers = {name: bare[inputs[name]] for name in projections if inputs[name] in bare}
     made = {outputs[name]: name for name in projections}
     read = {inputs[name]: name for name in projections}
     for parent, module, _ in owner.values():
@@ -157,6 +164,25 @@ def _layer_prefix(model: PreTrainedModel, layers: int) -> str:
     if not found:
         raise LayoutError(f"{model.config.model_type} has no list of {layers} layers, so its depth cannot be changed.")
     return max(found)[1] + "."
+
+
+def _bare_norm(module: torch.nn.Module, width: int) -> NormKind | None:
+    """Kind of a module without parameters that normalises its input's last axis; `None` for any other."""
+    import torch
+
+    if next(module.parameters(), None) is not None or isinstance(module, torch.nn.Identity):
+        return None
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0)) * 30 + 20
+    kinds: tuple[tuple[NormKind, torch.Tensor], ...] = (("rms", x), ("layer", x - x.mean(-1, keepdim=True)))
+    for kind, centred in kinds:
+        try:
+            with torch.no_grad():
+                normal = torch.allclose(module(x), centred / centred.square().mean(-1, keepdim=True).sqrt(), rtol=1e-3)
+        except Exception:  # whatever a module says that wants other arguments
+            return None
+        if normal:
+            return kind
+    return None
 
 
 def _norm(module: torch.nn.Module) -> tuple[str, float] | None:

@@ -101,7 +101,29 @@ def candidates(axis: Measured) -> list[tuple[Segment, ...]]:
 ALIBI: dict[str, str] = {"bloom": "bloom", "falcon": "bloom", "mpt": "mpt"}
 """Model types whose heads may carry slopes (ALiBi) -> the rule for these, a key of `cbd_hf.layout.heads.SLOPES`."""
 
-WIDTH_POWERS = (0.0, 0.5, 1.0)
-"""Powers of the hidden size by which an architecture may scale its embeddings; Gemma's is 0.5."""
 
-__all__ = ["ALIBI", "PACKINGS", "WIDTH_POWERS", "Measured", "Packing", "candidates"]
+NEVER_RUN = ("encoder_attn", "crossattention", "cross_attn")
+"""Parts of modules' names that a causal LM without an encoder holds and never runs; what they mean is not proved."""
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """
+    Powers of d/D (hidden sizes before, after) in an expansion.
+
+    Args:
+        embedding (`float`): the architecture multiplies embeddings by this power of the hidden size; Gemma's is 0.5.
+        stream (`float`): of all that writes the stream. At 0 the stream stays and its variance falls by d/D, which
+            the norms' epsilon follows. At -0.5 the stream grows so that its variance stays, and epsilons with it:
+            where one epsilon also serves norms of small activations beside the stream (Qwen3-Next), or a norm without
+            a gain gives the stream (nanochat). At 0.5 the stream shrinks: a tied head after a norm without a gain.
+    """
+
+    embedding: float = 0.0
+    stream: float = 0.0
+
+
+SCALINGS = tuple(Scaling(*powers) for powers in ((0, 0), (0.5, 0), (1, 0), (0, -0.5), (0.5, -0.5), (0, 0.5)))
+"""Those that are tried, in order."""
+
+__all__ = ["ALIBI", "NEVER_RUN", "PACKINGS", "SCALINGS", "Measured", "Packing", "Scaling", "candidates"]

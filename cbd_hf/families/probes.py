@@ -80,6 +80,11 @@ def probe(config: PretrainedConfig, fields: Mapping[str, str], filled: bool = Fa
     if filled and ("heads" not in kept or heads * head_dim != hidden):
         raise LayoutError(f"{config.model_type}: its heads do not fill the hidden size.")
     explicit = None if filled else _explicit_heads(base, config, kept, head_dim) if "heads" in kept else {}
+    if explicit is None and heads * head_dim != hidden:
+        raise LayoutError(
+            f"{config.model_type} cannot be resized: its parameters do not follow {kept['heads']} evenly although its "
+            "heads are apart from its hidden size, so further attributes of the config must say how many there are."
+        )
     if explicit is not None:
         slopes |= explicit
         followers = {name: 2 * hidden for name in _FOLLOWERS if getattr(config, name, None) == hidden}
@@ -189,6 +194,11 @@ def _slope_with_followers(
     return slope, tuple(followers)
 
 
+def is_eps(name: str) -> bool:
+    """Whether a config attribute is an epsilon, by its name."""
+    return "eps" in name.split("_") or "epsilon" in name
+
+
 def _eps_fields(config: PretrainedConfig) -> tuple[str, ...]:
     """Config attributes that reach the epsilon of a norm."""
 
@@ -200,13 +210,9 @@ def _eps_fields(config: PretrainedConfig) -> tuple[str, ...]:
                 found.append(value)
         return found
 
-    names = [
-        name
-        for name, value in config.to_dict().items()
-        if isinstance(value, float) and ("eps" in name.split("_") or "epsilon" in name)
-    ]
+    names = [name for name, value in config.to_dict().items() if isinstance(value, float) and is_eps(name)]
     before = epsilons(config) if names else []
     return tuple(name for name in names if epsilons(changed(config, {name: 2 * getattr(config, name)})) != before)
 
 
-__all__ = ["Probes", "changed", "probe"]
+__all__ = ["Probes", "changed", "is_eps", "probe"]

@@ -9,11 +9,23 @@ differ by their own size.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from cbd_hf.checkpoint import CheckpointError
-from cbd_hf.layout import Family, LayoutError, Shape, config_with_shape, layer_kinds, shape_of, weights_of
+from cbd_hf.families.packings import NEVER_RUN
+from cbd_hf.layout import (
+    Family,
+    LayoutError,
+    Shape,
+    config_with_shape,
+    layer_kinds,
+    meta_model,
+    shape_of,
+    weights_of,
+)
 from cbd_hf.transforms import LayerMap, StateDict, Trans
 from cbd_hf.transforms.basis import permuted
 from cbd_hf.transforms.width import resized_eps
@@ -37,26 +49,31 @@ class Bench:
         config (`PretrainedConfig`): the model's.
         tensors (`dict[str, torch.Tensor]`): its parameters and persistent buffers.
         expected (`torch.Tensor`): its logits, float64, shape (2, 12, vocab).
+        dtype (`torch.dtype`): that it computes in.
     """
 
     config: PretrainedConfig
     tensors: dict[str, torch.Tensor]
     expected: torch.Tensor
+    dtype: torch.dtype
 
 
-def random_model(config: PretrainedConfig, norms: dict[str, tuple[str, float]], constant: set[str]) -> PreTrainedModel:
+def random_model(
+    config: PretrainedConfig, norms: dict[str, tuple[str, float]], constant: set[str], dtype: torch.dtype
+) -> PreTrainedModel:
     """
-    A small model in float64 whose every parameter matters and whose activations stay of order one.
+    A small model whose every parameter matters and whose activations stay of order one.
 
     Args:
         config (`PretrainedConfig`): its config.
         norms (`dict[str, tuple[str, float]]`): modules that normalise, with their gain's offset.
         constant (`set[str]`): norms that write the stream, whose gain is kept uniform: with any other gain no
             expansion under LayerNorm is exact (docs/building.md states the error).
+        dtype (`torch.dtype`): of its weights.
     """
     import torch
 
-    model = build(config)
+    model = build(config, dtype)
     generator = torch.Generator().manual_seed(0)
 
     def noise(like: torch.Tensor) -> torch.Tensor:
@@ -82,16 +99,27 @@ def random_model(config: PretrainedConfig, norms: dict[str, tuple[str, float]], 
     return model
 
 
-def build(config: PretrainedConfig) -> PreTrainedModel:
-    """The config's model in float64 with eager attention, initialised by its own rules with a fixed seed."""
+def build(
+    config: PretrainedConfig, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor] | None = None
+) -> PreTrainedModel:
+    """
+    The config's model with eager attention: with these weights, or initialised by its own rules with a
+    fixed seed.
+    """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     copy = type(config).from_dict(config.to_dict())
     copy._experts_implementation = "eager"  # the grouped kernels know no float64
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), nullcontext() if tensors is None else no_init_weights():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(copy, dtype=torch.float64, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(copy, dtype=dtype, attn_implementation="eager")
+    if tensors is not None:
+        model.tie_weights()
+        with torch.no_grad():
+            for name, parameter in weights_of(model).items():
+                parameter.copy_(tensors[name])
     return model.eval()
 
 
@@ -99,27 +127,27 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     """Logits on fixed tokens, float64, shape (2, 12, vocab)."""
     import torch
 
+    with torch.inference_mode():
+        return _run(model).double()
+
+
+def _run(model: PreTrainedModel) -> torch.Tensor:
+    import torch
+
     vocab = int(model.config.vocab_size)
     tokens = torch.randint(3, min(vocab, 60), (2, 12), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return model(input_ids=tokens, use_cache=False).logits.double()
+    return model(input_ids=tokens, use_cache=False).logits
 
 
 def bench(model: PreTrainedModel) -> Bench:
     """Take a small model's weights and logits."""
     tensors = {name: parameter.detach().clone() for name, parameter in weights_of(model).items()}
-    return Bench(model.config, tensors, logits(model))
+    return Bench(model.config, tensors, logits(model), model.dtype)
 
 
 def error(bench: Bench, tensors: dict[str, torch.Tensor], config: PretrainedConfig) -> float:
     """Largest difference of the logits of a model with these weights, in units of the logits' deviation."""
-    import torch
-
-    model = build(config)
-    with torch.no_grad():
-        for name, parameter in weights_of(model).items():
-            parameter.copy_(tensors[name])
-    difference = (logits(model) - bench.expected).abs().max() / bench.expected.std()
+    difference = (logits(build(config, bench.dtype, tensors)) - bench.expected).abs().max() / bench.expected.std()
     return float(difference) if math.isfinite(difference) else math.inf
 
 
@@ -135,12 +163,12 @@ def expansion_error(bench: Bench, family: Family, target: Shape, layers: LayerMa
     trans = Trans(StateDict(bench.tensors), family, source, target, layers)
     generator = torch.Generator().manual_seed(2)
     tensors = {}
-    wanted = weights_of(build(config))
+    wanted = weights_of(meta_model(config))
     trans.check(wanted)
-    for name, parameter in wanted.items():
-        fill = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 8
+    for name, like in wanted.items():
+        fill = torch.randn(like.shape, generator=generator, dtype=torch.float64) / 8
         tensors[name] = trans.tensor(name, fill=fill, dtype=torch.float64)
-        if tensors[name].shape != parameter.shape:
+        if tensors[name].shape != like.shape:
             return math.inf
     return error(bench, tensors, config)
 
@@ -183,13 +211,23 @@ def wider(shape: Shape, family: Family, role: str) -> list[list[Shape]]:
         if "kv_heads" in family.fields:
             grown.append([(kv_heads, group + 1), (kv_heads, 2 * group)])
         return [
-            [_filled(replace(shape, heads=kv * group, kv_heads=kv), family) for kv, group in choices]
+            sorted(
+                (_filled(replace(shape, heads=kv * group, kv_heads=kv), family) for kv, group in choices),
+                key=lambda new: not family.heads_fill_hidden and new.hidden != shape.hidden,
+            )
             for choices in grown
         ]
     if family.heads_fill_hidden:
         return []
     step = math.lcm(2, shape.heads)
-    return [[_filled(replace(shape, hidden=shape.hidden + 2 * step), family), replace(shape, hidden=2 * shape.hidden)]]
+    more = step * math.ceil(shape.hidden / (4 * step))  # enough for a wrong power of the hidden size to show
+    return [[_filled(replace(shape, hidden=shape.hidden + more), family), replace(shape, hidden=2 * shape.hidden)]]
+
+
+def more_heads_keep_stream(bench: Bench, family: Family) -> bool:
+    """Whether [`width_error`] of `"heads"` leaves the hidden size as it is."""
+    shape = shape_of(bench.config, family)
+    return all(choices[0].hidden == shape.hidden for choices in wider(shape, family, "heads"))
 
 
 def _filled(shape: Shape, family: Family) -> Shape:
@@ -245,25 +283,40 @@ def width_error(bench: Bench, family: Family, role: str) -> float:
     return worst
 
 
-def sensitivity(bench: Bench, family: Family) -> dict[str, float]:
-    """For each kind of parameter, the [`error`] when one such tensor is replaced by noise: none may be near 0."""
+def without_influence(bench: Bench, family: Family) -> list[str]:
+    """
+    Kinds of tensors that do not reach the small model's logits, so that nothing proves what their axes mean.
+
+    One backward pass finds those that do; the others, such as what only chooses experts, are replaced by noise in all
+    layers at once. Vectors are left out: a key's bias never reaches the logits, by the softmax.
+    """
     import torch
 
-    model = build(bench.config)
+    model = build(bench.config, bench.dtype, bench.tensors)
+    result = _run(model)
+    direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(4), dtype=result.dtype)
+    result.backward(direction)
     parameters = weights_of(model)
-    generator = torch.Generator().manual_seed(4)
-    result: dict[str, float] = {}
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(bench.tensors[name])
-        for name, parameter in parameters.items():
-            local = family.split(name)[1]
-            spread = bench.tensors[name].std(correction=0).clamp(min=0.1)
-            parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * spread)
-            difference = float((logits(model) - bench.expected).abs().max() / bench.expected.std())
-            result[local] = max(result.get(local, 0.0), difference)
-            parameter.copy_(bench.tensors[name])
-    return result
+    reached = {family.split(name)[1] for name, tensor in parameters.items() if _moves(tensor.grad)}
+    silent = []
+    for local in dict.fromkeys(family.split(name)[1] for name, tensor in parameters.items() if tensor.dim() > 1):
+        roles = {role for axis in family.tensors[local].axes for role in axis.roles}
+        if local in reached or roles <= {"fixed"} or any(part in local for part in NEVER_RUN):
+            continue
+        alike = {name: tensor for name, tensor in parameters.items() if family.split(name)[1] == local}
+        with torch.no_grad():
+            for tensor in alike.values():
+                tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5), dtype=bench.dtype))
+        if float((logits(model) - bench.expected).abs().max()) < 1e-9 * float(bench.expected.std()):
+            silent.append(local)
+        with torch.no_grad():
+            for name, tensor in alike.items():
+                tensor.copy_(bench.tensors[name])
+    return silent
+
+
+def _moves(gradient: torch.Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.abs().max() > 1e-9)
 
 
 __all__ = [
@@ -273,9 +326,10 @@ __all__ = [
     "build",
     "depth_error",
     "expansion_error",
+    "more_heads_keep_stream",
     "permutation_error",
     "random_model",
-    "sensitivity",
     "wider",
     "width_error",
+    "without_influence",
 ]

@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from cbd_hf.layout.meta import parameter_shapes
+from cbd_hf.layout.shape import INDEX_LISTS, LAYER_COUNTS
 
 
 if TYPE_CHECKING:
@@ -46,13 +47,10 @@ _FOLLOW = re.compile(
 )
 # Query heads that are a multiple of key/value heads.
 _GROUPS = {"swa_num_attention_heads": "swa_num_key_value_heads", "linear_num_value_heads": "linear_num_key_heads"}
-# One entry per layer; indices of layers, and the first one's; counts of first and of last layers unlike others.
+# One entry per layer; counts of first and of last layers unlike others.
 _PER_LAYER = re.compile(r"(?!mtp).*(layer|_types$|_pattern$|intermediate_size$)")
-_INDICES = dict.fromkeys(("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "local_layer_ids",
-                          "mlp_only_layers", "moe_layers"), 0) | {"ple_layer_ids": 1}  # fmt: skip
 _FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
 _LAST = ("num_kv_shared_layers",)
-_COUNTS = ("encoder_layers", "num_encoder_layers", "num_blocks", "num_hidden_layers")  # further ones of all layers
 
 
 def dimension_fields(config: PretrainedConfig) -> dict[str, str]:
@@ -199,24 +197,24 @@ def _shrink_layers(config: PretrainedConfig, values: dict[str, Any], fields: dic
         name: value
         for name, value in values.items()
         if isinstance(value, (list, tuple)) and len(value) == layers
-        if name not in _INDICES and _PER_LAYER.match(name)
+        if name not in INDEX_LISTS and _PER_LAYER.match(name)
     }
     overrides = {int(index): part for index, part in (values.get("per_layer_config") or {}).items()}
-    marks = {name: {i - base for i in values[name]} for name, base in _INDICES.items() if values.get(name)}
+    marks = {name: {i - base for i in values[name]} for name, base in INDEX_LISTS.items() if values.get(name)}
     marks |= {name: set(every[: values[name]]) for name in _FIRST if _size(values.get(name))}
     marks |= {name: set(every[-values[name] :]) for name in _LAST if _size(values.get(name))}
 
     def build(picked: list[int]) -> PretrainedConfig:
         count = len(picked)
         result = values | {name: [items[i] for i in picked] for name, items in lists.items()}
-        for name in (fields.get("layers", ""), *_COUNTS):
+        for name in (fields.get("layers", ""), *LAYER_COUNTS):
             if _size(values.get(name)):
                 result[name] = values[name] // layers * count or count
         if overrides:
             result["per_layer_config"] = {new: overrides[i] for new, i in enumerate(picked) if i in overrides}
         for name, marked in marks.items():
-            new = [index for index, i in enumerate(picked, _INDICES.get(name, 0)) if i in marked]
-            result[name] = new if name in _INDICES else len(new)
+            new = [index for index, i in enumerate(picked, INDEX_LISTS.get(name, 0)) if i in marked]
+            result[name] = new if name in INDEX_LISTS else len(new)
         return type(config).from_dict(result)
 
     names = _layer_names(build(list(every)), layers)

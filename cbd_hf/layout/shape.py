@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from cbd_hf.layout.family import LayoutError
@@ -117,7 +119,14 @@ def per_layer_lists(config: PretrainedConfig, layers: int) -> dict[str, list[Any
         name: value
         for name, value in config.to_dict().items()
         if isinstance(value, list) and len(value) == layers and "token" not in name and name not in _NOT_STRUCTURE
+        if name not in INDEX_LISTS
     }
+
+
+def layer_counts(config: PretrainedConfig, layers: int) -> list[str]:
+    """The config's attributes, of [`LAYER_COUNTS`], that repeat the number of layers."""
+    values = config.to_dict()
+    return [name for name in LAYER_COUNTS if values.get(name) == layers]
 
 
 def layer_kinds(config: PretrainedConfig, family: Family) -> list[tuple[Any, ...]]:
@@ -130,12 +139,33 @@ def layer_kinds(config: PretrainedConfig, family: Family) -> list[tuple[Any, ...
     kinds = [tuple(str(values[index]) for values in lists.values()) for index in range(layers)]
     if family.uniform:
         return kinds
-    names: list[list[str]] = [[] for _ in range(layers)]
-    for name in weight_shapes(config):
-        layer, local = family.split(name)
-        if layer is not None:
-            names[layer].append(local)
-    return [(*kind, *sorted(of_layer)) for kind, of_layer in zip(kinds, names, strict=True)]
+    names = _names_by_layer(_Described(config), family.layer_prefix)
+    return [(*kind, *names.get(layer, ())) for layer, kind in enumerate(kinds)]
+
+
+class _Described:
+    """A config that is equal to any other with the same values."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.config = config
+        self.values = json.dumps(config.to_dict() | {"class": type(config).__name__}, sort_keys=True, default=str)
+
+    def __hash__(self) -> int:
+        return hash(self.values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Described) and self.values == other.values
+
+
+@lru_cache(maxsize=64)
+def _names_by_layer(described: _Described, layer_prefix: str) -> dict[int, tuple[str, ...]]:
+    """Layer -> the names of its parameters."""
+    names: dict[int, list[str]] = {}
+    for name in weight_shapes(described.config):
+        if name.startswith(layer_prefix):
+            layer, _, local = name.removeprefix(layer_prefix).partition(".")
+            names.setdefault(int(layer), []).append(local)
+    return {layer: tuple(sorted(of_layer)) for layer, of_layer in names.items()}
 
 
 def config_with_shape(
@@ -170,6 +200,7 @@ def config_with_shape(
     depth = values[fields["layers"]]
     if shape.layers != depth or layers is not None:
         values |= _layer_lists(config, family, shape.layers, layers)
+    values |= dict.fromkeys(layer_counts(config, depth), shape.layers)
     values[fields["layers"]] = shape.layers
     values[fields["hidden"]] = shape.hidden
     for name in family.follows_hidden:
@@ -196,8 +227,19 @@ def config_with_shape(
             values["head_dim"] = shape.head_dim
     for key in ("_name_or_path", "architectures", "transformers_version"):
         values.pop(key, None)
-    return type(config).from_dict(values)
+    try:
+        return type(config).from_dict(values)
+    except Exception as error:  # of the class's own validation
+        raise LayoutError(f"{config.model_type} does not allow {shape}: {error}") from error
 
+
+INDEX_LISTS = dict.fromkeys(
+    ("attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "local_layer_ids", "mlp_only_layers", "moe_layers"), 0
+) | {"ple_layer_ids": 1}
+"""Config attributes that list the layers of one kind by their index -> the first layer's."""
+
+LAYER_COUNTS = ("encoder_layers", "num_encoder_layers", "num_blocks", "num_hidden_layers")
+"""Config attributes beside the decoder's own that may say how many layers there are; caches are made by them."""
 
 _NOT_STRUCTURE = frozenset({"architectures", "id2label", "label2id", "keys_to_ignore_at_inference"})
 
@@ -220,7 +262,21 @@ def _layer_lists(
     chosen = list(layers) if layers is not None else [0] * count
     if len(chosen) != count:
         raise LayoutError(f"{len(chosen)} layers are named for a shape of {count}.")
-    return {name: [values[index] for index in chosen] for name, values in lists.items()}
+    result = {name: [values[index] for index in chosen] for name, values in lists.items()}
+    for name, base in INDEX_LISTS.items():
+        marked = getattr(config, name, None)
+        if isinstance(marked, list):
+            result[name] = [new + base for new, old in enumerate(chosen) if old + base in marked]
+    return result
 
 
-__all__ = ["Shape", "config_with_shape", "layer_kinds", "per_layer_lists", "shape_of"]
+__all__ = [
+    "INDEX_LISTS",
+    "LAYER_COUNTS",
+    "Shape",
+    "config_with_shape",
+    "layer_counts",
+    "layer_kinds",
+    "per_layer_lists",
+    "shape_of",
+]
