@@ -111,7 +111,8 @@ def tiny_config(model_type: str) -> PretrainedConfig:
         raise ValueError(f"The class refuses its own default config ({error}).") from error
     config = miniature(default)
     short = {name: 8 for name in WINDOWS if type(getattr(config, name, None)) is int and getattr(config, name) > 8}
-    tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": 1}
+    # Without padding: some classes zero its row whenever a checkpoint is loaded.
+    tokens = {"bos_token_id": 0, "eos_token_id": None, "pad_token_id": None}
     return type(config).from_dict(config.to_dict() | short | tokens)
 
 

@@ -43,7 +43,7 @@ def check_same_family(first: PretrainedConfig, second: PretrainedConfig) -> Fami
     a, b = shape_of(first, family), shape_of(second, family)
     named: list[tuple[str, Any, Any]] = [
         ("vocab_size", a.vocab, b.vocab),
-        ("head_dim", a.head_dim, b.head_dim),
+        *([("head_dim", a.head_dim, b.head_dim)] if "heads" in family.fields else []),
         ("the number of positions", _positions(first, family), _positions(second, family)),
     ]
     ours, theirs = (_function(config, family) for config in (first, second))

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.families import store
 from cbd_hf.families.infer import Draft, Key, assemble_family, draft
 from cbd_hf.families.packings import SCALINGS, Scaling
@@ -79,7 +80,8 @@ def learn(config: PretrainedConfig) -> tuple[Family, Proof]:
         shared = store.describe(small)
         if shared not in _KNOWN:
             try:
-                _KNOWN[shared] = _learn(small)
+                with plain_loading():  # a ZeRO-3 launch would shard the small models
+                    _KNOWN[shared] = _learn(small)
             except LayoutError as error:
                 _KNOWN[shared] = error
             except Exception as error:  # an architecture unlike any that was foreseen must not be guessed at

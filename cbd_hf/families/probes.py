@@ -103,6 +103,8 @@ def probe(config: PretrainedConfig, fields: Mapping[str, str], filled: bool = Fa
                 inert.append(kept.pop("kv_heads"))
                 del slopes["key_value"]
         slopes["query"] = joint
+    if "kv_heads" in fields and "kv_heads" not in kept and fields["kv_heads"] not in inert:
+        inert.append(fields["kv_heads"])
     grouped = "key_value" in slopes
     counts = {"query": heads, "key_value": kv_heads, "hidden": hidden}
     axes = {}

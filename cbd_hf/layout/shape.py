@@ -206,7 +206,9 @@ def config_with_shape(
     for name in family.follows_hidden:
         values[name] = shape.hidden
     if "heads" in fields:
-        values[fields["heads"]] = shape.heads
+        # Key/value heads that move no parameter (latent attention) still say how heads are repeated.
+        repeated = [name for name in family.inert if "heads" in name and values.get(name) == values[fields["heads"]]]
+        values |= dict.fromkeys([fields["heads"], *repeated], shape.heads)
         # Falcon's num_kv_heads where every head has its own: no parameter follows it, but its forward does.
         values |= {
             n: shape.heads

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,8 +31,15 @@ PATTERNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "smollm3": ({"no_rope_layers": [1, 0]}, {"no_rope_layers": [1, 1, 0, 1, 0]}),
     "qwen3-windows": ({"layer_types": [FULL, SLIDING]}, {"layer_types": [FULL, FULL, SLIDING, SLIDING]}),
 }
-SIZES = ({"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64},
-         {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 128})  # fmt: skip
+SIZES: tuple[dict[str, int], ...] = tuple(
+    {
+        "hidden_size": 48 * n,
+        "num_attention_heads": 4 * n,
+        "num_key_value_heads": 2 * n,
+        "intermediate_size": 64 * n,
+    }
+    for n in (1, 2)
+)
 
 
 def configs(name: str) -> list[Any]:
@@ -53,7 +62,7 @@ def chain_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Distil
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.85])
+@pytest.mark.parametrize("share", [0.2, 0.6])
 def test_planned_configs(name: str, share: float) -> None:
     """Counts are exact, and the kinds of a target's layers are the anchors', in order."""
     small, large = configs(name)
@@ -87,16 +96,13 @@ def test_counts_of_the_lattice(name: str) -> None:
 
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("share", [0.3, 0.7])
-def test_all_of_the_small_anchor(
-    name: str, share: float, chain_of: Callable[[str], DistillationChain], tmp_path: Any
-) -> None:
+def test_all_of_the_small_anchor(name: str, share: float, chain_of: Callable[[str], DistillationChain]) -> None:
     """alpha = 1 and "expand" compute what it does, in a deeper and wider model of mixed layers."""
     chain = chain_of(name)
     size = chain.sizes[1] + share * (chain.sizes[0] - chain.sizes[1])
     expected = logits(chain["small"].load_model())
     for options in ({"alpha": 1}, {"initializer": "expand"}):
         model = CBDModel.from_chain(chain, size, **options)
-        assert model.config.num_hidden_layers > 2 or share < 0.5
         planned = plan_config(chain[1].config, chain[0].config, size)
         for key in ("layer_types", "no_rope_layers"):
             assert getattr(model.config, key, None) == getattr(planned, key, None)
@@ -106,17 +112,14 @@ def test_all_of_the_small_anchor(
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-def test_a_config_of_the_callers(name: str, chain_of: Callable[[str], DistillationChain], tmp_path: Any) -> None:
+def test_a_config_of_the_callers(name: str, chain_of: Callable[[str], DistillationChain]) -> None:
     """Its own pattern is kept where it fits between the anchors', and refused where it does not."""
     chain = chain_of(name)
     small, large = (chain[key].config for key in ("small", "large"))
     family = get_family(small)
     depth = shape_of(large, family).layers - 1
     maps = corresponding_layers(small, large, depth, family)
-    config = config_with_shape(
-        large, shape_of(config_with_shape(large, shape_of(large, family), family), family), family
-    )
-    target = config_with_shape(config, _with_layers(shape_of(small, family), depth), family, layers=maps[1].sources)
+    target = config_with_shape(large, replace(shape_of(small, family), layers=depth), family, layers=maps[1].sources)
     model = CBDModel.from_chain(chain, config=target, alpha=1)
     assert layer_kinds(model.config, family) == layer_kinds(target, family)
     expected = logits(chain["small"].load_model())
@@ -127,13 +130,7 @@ def test_a_config_of_the_callers(name: str, chain_of: Callable[[str], Distillati
             CBDModel.from_chain(chain, config=turned, alpha=1)
 
 
-def _with_layers(shape: Any, layers: int) -> Any:
-    from dataclasses import replace
-
-    return replace(shape, layers=layers)
-
-
-def test_patterns_that_do_not_fit(tmp_path: Any) -> None:
+def test_patterns_that_do_not_fit() -> None:
     kinds = ([FULL, SLIDING], [SLIDING, SLIDING, FULL])
     models = [
         random_model(family_config("gemma2", num_hidden_layers=len(types), layer_types=types), seed=len(types))
@@ -144,13 +141,13 @@ def test_patterns_that_do_not_fit(tmp_path: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "cohere", "falcon-new", "qwen3_moe", "opt"])
-def test_a_model_of_a_chain_makes_a_round_trip(name: str, tmp_path: Any) -> None:
+def test_a_model_of_a_chain_makes_a_round_trip(name: str, tmp_path: Path) -> None:
     """save_pretrained and from_pretrained, in the usual way; tied stays tied."""
     small = family_config(name)
     family = get_family(small)
     shape = shape_of(small, family)
     deep = config_with_shape(
-        small, _with_layers(shape, shape.layers + 2), family, layers=[0, *range(shape.layers), shape.layers - 1]
+        small, replace(shape, layers=shape.layers + 2), family, layers=[0, *range(shape.layers), shape.layers - 1]
     )
     models = [random_model(config, seed=index, std=0.2) for index, config in enumerate((small, deep))]
     chain = DistillationChain.from_anchors(models, tmp_path / "chain", names=["small", "large"])
