@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cbd_hf.initializers.base import Blueprint, Rows, TensorSource
+from cbd_hf.transforms.width import pads_with_mean
 
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def _blend_in_place(blueprint: Blueprint, name: str, rows: Rows | None, alpha: f
     The same result without a tensor in between, in the stored dtype (`lerp` computes in float32), where both anchors
     give what they have as it is stored. False, and nothing done, where they do not.
     """
+    import torch
+
     large = blueprint.large.corner(name, rows)
     if large is None or large.shape != out.shape or not out.is_floating_point():
         return False
@@ -52,17 +55,26 @@ def _blend_in_place(blueprint: Blueprint, name: str, rows: Rows | None, alpha: f
         return False
     if out.device != small.device:
         return False
+    if small.shape == out.shape:
+        torch.lerp(large, small, alpha, out=out)
+        return True
     out.copy_(large)
     if alpha == 0:
         return True
     spec = blueprint.family.spec(name)
     inserted = blueprint.small.expansion == "identity" and blueprint.small.inserted(name)
     kept = out  # what the smaller anchor has, narrowed axis by axis; the rest holds the larger one's alone
-    for dim, length in enumerate(small.shape):
+    for dim in reversed(range(out.dim())):
+        length = small.shape[dim]
         rest = kept.narrow(dim, length, kept.shape[dim] - length)
-        if rest.numel() and (spec.block_output if inserted else not spec.free):
-            rest.mul_(1 - alpha)
         kept = kept.narrow(dim, 0, length)
+        if not rest.numel():
+            continue
+        if not inserted and pads_with_mean(spec, dim):
+            mean = small.float().mean(dim, keepdim=True)
+            rest.copy_(torch.lerp(rest.float(), mean, alpha))
+        elif spec.block_output if inserted else not spec.free:
+            rest.mul_(1 - alpha)
     kept.lerp_(small, alpha)
     return True
 

@@ -184,7 +184,7 @@ class Trans:
     def corner(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor | None:
         """
         The part of target parameter `name` (of its `rows`) that the anchor gives as it is stored, if that is all that
-        [`Trans.tensor`] does besides padding with zeros behind it; else `None`. It may map the file, and is empty in a
+        [`Trans.tensor`] does besides padding behind it; else `None`. It may map the file, and is empty in a
         block that changes nothing.
 
         Blending needs no copy of such a parameter, which are nearly all: prefixes of channels, heads and units.
@@ -194,8 +194,6 @@ class Trans:
             return None
         indices = self._indices(name, spec)
         if not all(index.is_prefix for index in indices):
-            return None
-        if any(index.has_new and pads_with_mean(spec, dim) for dim, index in enumerate(indices)):
             return None
         source_name = self.source_name(name)
         stop = indices[0].existing
