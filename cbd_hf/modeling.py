@@ -112,8 +112,8 @@ class CBDModel:
         Make one model or a whole family straight into directories, in one pass over the anchors.
 
         No model is ever in memory, only the tensor being made and the shard that is not yet full. The directories hold
-        what `from_chain(...).save_pretrained(...)` writes, with tensors in the order of reading where there are several
-        shards, and appear whole or not at all.
+        what `from_chain(...).save_pretrained(...)` writes, with tensors in the order of reading where there are
+        several shards, and appear whole or not at all.
 
         Args:
             chain (`DistillationChain`, `str` or `Path`): see [`CBDModel.from_chain`].

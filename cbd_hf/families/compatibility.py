@@ -47,7 +47,9 @@ def check_same_family(first: PretrainedConfig, second: PretrainedConfig) -> Fami
         ("the number of positions", _positions(first, family), _positions(second, family)),
     ]
     ours, theirs = (_function(config, family) for config in (first, second))
-    named += [(name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys())]
+    named += [
+        (name, ours.get(name), theirs.get(name)) for name in sorted(ours.keys() | theirs.keys(), key=_named_first)
+    ]
     for label, one, two in named:
         if one != two:
             raise ValueError(
@@ -62,6 +64,11 @@ def check_same_family(first: PretrainedConfig, second: PretrainedConfig) -> Fami
         )
         raise ValueError(f"The two configs differ in the layout of {', '.join(names)}, so they cannot be mixed.")
     return family
+
+
+def _named_first(name: str) -> tuple[bool, str]:
+    """Positions are compared because of the rope's type; a difference in that is to be named itself."""
+    return name == "max_position_embeddings", name
 
 
 def _positions(config: PretrainedConfig, family: Family) -> int | None:

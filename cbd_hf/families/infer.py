@@ -55,11 +55,13 @@ class Draft:
         probes (`Probes`): what moved.
         seen (`Observed`): the modules.
         questions (`list[Open]`): every packing to decide, each with at least two options.
+        fused (`list[str]`): modules with several parts on an axis, also where one packing alone fits.
     """
 
     probes: Probes
     seen: Observed
     questions: list[Open]
+    fused: list[str]
 
     def answers(self, role: str, decided: Packings) -> Iterator[dict[Key, tuple[Segment, ...]]]:
         """Every way to answer the questions of one kind, added to what is decided; the likeliest first."""
@@ -81,7 +83,7 @@ def draft(probes: Probes, model: PreTrainedModel) -> Draft:
         LayoutError: a tensor is packed in an unknown way; names it and what to declare.
     """
     seen = observe(model, getattr(probes.config, probes.fields["layers"]))
-    result = Draft(probes, seen, [])
+    result = Draft(probes, seen, [], [])
     asked = set()
     for name, measured in probes.axes.items():
         for dim, axis in enumerate(measured):
@@ -93,6 +95,11 @@ def draft(probes: Probes, model: PreTrainedModel) -> Draft:
                     "which no known packing explains. Declare it in PACKINGS of cbd_hf/families/packings.py."
                 )
             subject = _local(seen, name).rpartition(".")[0]
+            fused = len(axis.per) > 1 or any(
+                count > (axis.head_dim if role in ("query", "key_value") else 1) for role, count in axis.per.items()
+            )
+            if fused and subject not in result.fused:
+                result.fused.append(subject)
             role = "ffn" if all(s.role.startswith("ffn") for option in options for s in option) else "heads"
             question = Open(subject, role, tuple(options))
             if len(options) > 1 and question.key not in asked:
@@ -267,12 +274,11 @@ def _spec(draft: Draft, name: str, packings: Packings, scaling: Scaling) -> Tens
             axes = [replace(axes[0], side="out")]  # added to the stream by the module itself
     spec = TensorSpec(tuple(axes), _group(draft, name, axes, in_layer))
     if spec.writes_stream:
-        power = scaling.stream
-        if module is seen.model.get_input_embeddings():
-            power += scaling.embedding
-        return replace(spec, block_output=in_layer, width_power=power)
+        embeds = module is seen.model.get_input_embeddings()
+        power = scaling.embedding if embeds else 0.0
+        return replace(spec, block_output=in_layer, width_power=power, pad_power=scaling.stream)
     if parent in seen.bare_readers and any(axis.roles == ("hidden",) and axis.side == "in" for axis in axes):
-        return replace(spec, width_power=0.5)  # what a gain would take
+        return replace(spec, pad_power=0.5)  # what a gain would take
     return spec
 
 
@@ -286,12 +292,13 @@ def _norm_spec(draft: Draft, name: str, axes: list[Axis], scaling: Scaling) -> T
     writes = parent in seen.stream_norms
     before_head = seen.tied and not parent.startswith(seen.layer_prefix) and not writes
     norm = Norm(kind, axis.segments[0].role, offset, writes, before_head)  # type: ignore[arg-type]
-    power = 0.0
+    power, pad_power = 0.0, 0.0
     if before_head:  # a tied head is scaled with the embedding, so what meets it is scaled the other way
-        power = -scaling.embedding - scaling.stream
+        power, pad_power = -scaling.embedding, -scaling.stream
     elif writes or norm.role == "hidden" and seen.producer.get(parent, "").startswith(seen.layer_prefix):
-        power = scaling.stream  # given to the stream
-    return TensorSpec(tuple(axes), "norms", norm=norm, norm_gain=attribute == "weight", width_power=power)
+        pad_power = scaling.stream  # given to the stream
+    gain = attribute == "weight"
+    return TensorSpec(tuple(axes), "norms", norm=norm, norm_gain=gain, width_power=power, pad_power=pad_power)
 
 
 def _raw_sides(axes: list[Axis], attribute: str) -> list[Axis]:

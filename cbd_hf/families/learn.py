@@ -193,8 +193,7 @@ def _decide(
                 return packings, scaling
             if scaling == SCALINGS[0] and (apart and name == "heads" or worst > HOPELESS):
                 break  # no scaling mends a packing
-    names = sorted({question.subject for question in sketch.questions if question.role == role})
-    _require(sketch.probes.config, said, smallest, names)
+    _require(sketch.probes.config, said, smallest, sketch.fused)
     raise AssertionError("unreachable")
 
 

@@ -134,11 +134,15 @@ def _head_dim(config: PretrainedConfig, head_dim: int) -> dict[str, int]:
 def _explicit_ffn(config: PretrainedConfig, fields: dict[str, str]) -> tuple[PretrainedConfig, int | None]:
     """The config with its FFN width written out, and units per channel where it was left open."""
     name = fields.get("ffn")
-    if name is None or getattr(config, name) is not None:
+    if name is None or getattr(type(config)(), name, 0) is not None:
         return config, None
-    usual = 4 * getattr(config, fields["hidden"])
-    written = changed(config, {name: usual})
-    return written, 4 if weight_shapes(written) == weight_shapes(config) else None
+    # Also where it is written out: the other anchor of a chain may leave it open.
+    written = changed(config, {name: 4 * getattr(config, fields["hidden"])})
+    try:
+        four = weight_shapes(changed(config, {name: None})) == weight_shapes(written)
+    except Exception:  # the class no longer takes what it has by default
+        four = False
+    return (written if getattr(config, name) is None else config), 4 if four else None
 
 
 def _slope(base: Shapes, config: PretrainedConfig, values: Mapping[str, Any], step: int) -> Shapes | None:

@@ -64,7 +64,8 @@ def _blend_in_place(blueprint: Blueprint, name: str, rows: Rows | None, alpha: f
     spec = blueprint.family.spec(name)
     inserted = blueprint.small.expansion == "identity" and blueprint.small.inserted(name)
     kept = out  # what the smaller anchor has, narrowed axis by axis; the rest holds the larger one's alone
-    for dim in reversed(range(out.dim())):
+    # Means last: over what is zero at another axis' new coordinates, they are zero there as well.
+    for dim in sorted(range(out.dim()), key=lambda dim: pads_with_mean(spec, dim)):
         length = small.shape[dim]
         rest = kept.narrow(dim, length, kept.shape[dim] - length)
         kept = kept.narrow(dim, 0, length)

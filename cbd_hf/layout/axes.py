@@ -89,6 +89,7 @@ class TensorSpec:
         feeds_norm (`bool`): what it produces is normalised over all its coordinates.
         mean_padded (`bool`): writes into a stream that a LayerNorm reads; see [`cbd_hf.transforms.width.resize`].
         width_power (`float`): the architecture scales what this parameter gives by hidden ** width_power itself.
+        pad_power (`float`): a power of d/D for padding alone; copies leave the statistics of norms as they are.
     """
 
     axes: tuple[Axis, ...]
@@ -99,6 +100,7 @@ class TensorSpec:
     feeds_norm: bool = False
     mean_padded: bool = False
     width_power: float = 0.0
+    pad_power: float = 0.0
 
     @property
     def writes_stream(self) -> bool:

@@ -220,7 +220,7 @@ def config_with_shape(
     if "ffn" in fields:
         usual = family.ffn_per_hidden is not None and shape.ffn == family.ffn_per_hidden * shape.hidden
         # None as the family's own checkpoints write it
-        values[fields["ffn"]] = None if usual and _none_is_usual(config, fields["ffn"]) else shape.ffn
+        values[fields["ffn"]] = None if usual and values.get(fields["ffn"]) is None else shape.ffn
     for role, count in shape.extra:
         values[fields[role]] = count
     own_head_dim = values.get("head_dim")
@@ -244,10 +244,6 @@ LAYER_COUNTS = ("encoder_layers", "num_encoder_layers", "num_blocks", "num_hidde
 """Config attributes beside the decoder's own that may say how many layers there are; caches are made by them."""
 
 _NOT_STRUCTURE = frozenset({"architectures", "id2label", "label2id", "keys_to_ignore_at_inference"})
-
-
-def _none_is_usual(config: PretrainedConfig, name: str) -> bool:
-    return getattr(type(config)(), name, 0) is None
 
 
 def _layer_lists(

@@ -190,7 +190,9 @@ class Trans:
         Blending needs no copy of such a parameter, which are nearly all: prefixes of channels, heads and units.
         """
         spec = self.family.spec(name)
-        if self.growth != "pad" or spec.norm is not None or spec.width_power or not spec.axes:
+        if self.growth != "pad" or spec.norm is not None or not spec.axes:
+            return None
+        if (spec.width_power or spec.pad_power) and self.source.hidden != self.target.hidden:
             return None
         indices = self._indices(name, spec)
         if not all(index.is_prefix for index in indices):

@@ -277,7 +277,8 @@ def _cloned(tensor: torch.Tensor, dim: int, index: Index, spec: TensorSpec, axis
 def _rescaled(tensor: torch.Tensor, spec: TensorSpec, widths: WidthMap) -> torch.Tensor:
     if widths.selection.raw:
         return tensor
-    factor = (widths.source.hidden / widths.target.hidden) ** spec.width_power
+    power = spec.width_power + (spec.pad_power if widths.growth == "pad" else 0.0)
+    factor = (widths.source.hidden / widths.target.hidden) ** power
     if spec.norm_gain and spec.norm is not None and widths.growth == "pad":
         factor *= math.sqrt(widths.source.count(spec.norm.role) / widths.target.count(spec.norm.role))
     if factor == 1:

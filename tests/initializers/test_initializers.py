@@ -18,8 +18,9 @@ from cbd_hf.alphas import by_group
 from cbd_hf.checkpoint import CheckpointReader
 from cbd_hf.families import get_family
 from cbd_hf.initializers import INITIALIZERS, Blueprint, Rows, TensorSource, assemble, fill_model, made, row_blocks
-from cbd_hf.layout import config_with_shape, meta_model, shape_of, weight_shapes
-from cbd_hf.transforms import Trans, align_layers, resized_eps
+from cbd_hf.layout import config_with_shape, meta_model, shape_of, weight_shapes, weights_of
+from cbd_hf.sizing import corresponding_layers
+from cbd_hf.transforms import StateDict, Trans, align_layers, resized_eps
 
 from ..models import logits, random_model, random_tokens, tiny_config
 
@@ -236,3 +237,43 @@ def test_epsilon_is_blended_like_the_gains(tmp_path: Path) -> None:
         sides = [index for index, _ in enumerate(source.trans)]
         known = values if len(sides) == 2 else {0: values[0 if name == "expand" else 1]}
         assert source.eps(known) == pytest.approx(expected, rel=1e-6), name
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama-biased", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers", [3, 5])
+def test_blending_in_place_is_blending(kind: str, dtype: torch.dtype, layers: int) -> None:
+    """What is blended in the target's memory, whole or by rows, equals what is made tensor by tensor."""
+    configs = [
+        tiny_config(kind, layers=3, heads=4),
+        tiny_config(kind, layers=6, heads=8),
+        tiny_config(kind, layers=layers, heads=6),
+    ]
+    family = get_family(configs[0])
+    shapes = [shape_of(config, family) for config in configs]
+    anchors = [random_model(config, seed).to(dtype) for seed, config in enumerate(configs[:2])]
+    maps = corresponding_layers(configs[0], configs[1], configs[2], family)
+    small, large = (
+        Trans(StateDict(weights_of(anchor)), family, shape, shapes[2], layers)
+        for anchor, shape, layers in zip(anchors, shapes[:2], maps, strict=True)
+    )
+    alpha = {"embeddings": 0.9, "attention": 0.3, "ffn": 0.6, "norms": 0.5}
+    source = INITIALIZERS["chain"](Blueprint(configs[2], family, small, large, alpha, 0))
+    in_place = 0
+    with torch.no_grad():
+        for name, weight in weights_of(meta_model(configs[2])).items():
+            plain = source.make(name, None).to(dtype)
+            out = torch.full(weight.shape, torch.nan, dtype=dtype)
+            made = source.make(name, None, out)
+            in_place += made is out
+            torch.testing.assert_close(
+                made.to(dtype), plain, rtol=1e-2 if dtype == torch.bfloat16 else 1e-6, atol=1e-7
+            )
+            if source.splits(name):
+                middle = weight.shape[0] // 2 + 1
+                parts = [
+                    source.make(name, rows, torch.full((rows[1] - rows[0], *weight.shape[1:]), torch.nan, dtype=dtype))
+                    for rows in ((0, middle), (middle, weight.shape[0]))
+                ]
+                assert torch.equal(torch.cat(parts).to(dtype), made.to(dtype)), name
+    assert in_place > len(family.tensors) // 3
