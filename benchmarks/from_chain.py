@@ -1,7 +1,7 @@
 """
 Seconds and peak memory of `CBDModel.from_chain` against reading its input, and against the naive way.
 
-    python benchmarks/from_chain.py [--json] [--cases gpt2-138m ...] [--repeats 3] [--cold] [--directory DIR]
+    python benchmarks/from_chain.py [--json] [--cases gpt2-138m ...] [--repeats 3] [--warm] [--directory DIR]
 
 Checkpoints of full shape with random weights are made once in the directory (20 GB for all cases). Every run is a
 fresh process; the three ways take turns:
@@ -12,7 +12,8 @@ fresh process; the three ways take turns:
 * naive:  both anchors through `from_pretrained`, then mixed in float32, tensor by tensor.
 
 Times are medians, without imports and without opening the chain; peaks are the largest resident memory above that of
-the process after its imports. Files are in the page cache, or with --cold dropped from it before each run.
+the process after its imports. The files are dropped from the page cache before each run, so that they come from the disk; with --warm they are read
+into it instead, and time/read then compares with copying memory.
 `peak_over_target` is measured against the bytes of the target's weights.
 """
 
@@ -236,7 +237,7 @@ def run_case(case: str, directory: Path, repeats: int, cold: bool) -> dict[str, 
         for way in WAYS:
             command = [sys.executable, __file__, "--measure", way, "--cases", case, "--directory", str(directory)]
             output = subprocess.run(
-                [*command, *(["--cold"] if cold else [])], check=True, capture_output=True, text=True
+                [*command, *([] if cold else ["--warm"])], check=True, capture_output=True, text=True
             )
             runs[way].append(json.loads(output.stdout.splitlines()[-1]))
     seconds = {way: statistics.median(run["seconds"] for run in found) for way, found in runs.items()}
@@ -263,19 +264,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one line of JSON for each case")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="by default all")
     parser.add_argument("--repeats", type=int, default=3, help="processes for each way of a case (default 3)")
-    parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
+    parser.add_argument("--warm", action="store_true", help="files in the page cache instead of on the disk")
     parser.add_argument("--directory", type=Path, help="where the checkpoints are kept; by default a temporary one")
     parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(measure(args.cases[0], args.measure, args.directory, args.cold)))
+        print(json.dumps(measure(args.cases[0], args.measure, args.directory, not args.warm)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.directory or Path(temporary)
         if not args.json:
             print(f"{'case':<12} {'parameters':>13}  time/read  peak/target  time/naive  peak/naive   seconds")
         for case in args.cases:
-            row = run_case(case, directory, args.repeats, args.cold)
+            row = run_case(case, directory, args.repeats, not args.warm)
             if args.json:
                 print(json.dumps(row), flush=True)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cbd_hf.initializers.base import Blueprint, Rows, TensorSource
+from cbd_hf.layout import TensorSpec
 from cbd_hf.transforms.width import pads_with_mean
 
 
@@ -45,39 +46,52 @@ def _blend_in_place(blueprint: Blueprint, name: str, rows: Rows | None, alpha: f
     The same result without a tensor in between, in the stored dtype (`lerp` computes in float32), where both anchors
     give what they have as it is stored. False, and nothing done, where they do not.
     """
-    import torch
-
-    large = blueprint.large.corner(name, rows)
-    if large is None or large.shape != out.shape or not out.is_floating_point():
+    large = blueprint.large.corners(name, rows)
+    small = blueprint.small.corners(name, rows) if large is not None else None
+    if large is None or small is None or not out.is_floating_point():
         return False
-    small = blueprint.small.corner(name, rows)
-    if small is None or small.dtype != out.dtype or large.dtype != out.dtype:
+    blocks = []
+    for (place, of_large), (_, of_small) in zip(large, small, strict=True):
+        part = out[place]
+        if of_large.shape != part.shape or not of_large.dtype == of_small.dtype == out.dtype:
+            return False
+        blocks.append((part, of_large, of_small))
+    if out.device != blocks[0][1].device:
         return False
-    if out.device != small.device:
-        return False
-    if small.shape == out.shape:
-        torch.lerp(large, small, alpha, out=out)
-        return True
-    out.copy_(large)
-    if alpha == 0:
-        return True
     spec = blueprint.family.spec(name)
     inserted = blueprint.small.expansion == "identity" and blueprint.small.inserted(name)
-    kept = out  # what the smaller anchor has, narrowed axis by axis; the rest holds the larger one's alone
+    for part, of_large, of_small in blocks:
+        _blend_block(part, of_large, of_small, alpha, spec, inserted)
+    return True
+
+
+def _blend_block(
+    out: torch.Tensor,
+    large: torch.Tensor,
+    small: torch.Tensor,
+    alpha: float,
+    spec: TensorSpec,
+    inserted: bool,
+) -> None:
+    """Blend where the smaller anchor has something; around it, axis by axis, what its padding leaves of the larger."""
+    import torch
+
     # Means last: over what is zero at another axis' new coordinates, they are zero there as well.
     for dim in sorted(range(out.dim()), key=lambda dim: pads_with_mean(spec, dim)):
         length = small.shape[dim]
-        rest = kept.narrow(dim, length, kept.shape[dim] - length)
-        kept = kept.narrow(dim, 0, length)
-        if not rest.numel():
-            continue
-        if not inserted and pads_with_mean(spec, dim):
-            mean = small.float().mean(dim, keepdim=True)
-            rest.copy_(torch.lerp(rest.float(), mean, alpha))
-        elif spec.block_output if inserted else not spec.free:
-            rest.mul_(1 - alpha)
-    kept.lerp_(small, alpha)
-    return True
+        more = out.shape[dim] - length
+        if more:
+            rest, of_large = out.narrow(dim, length, more), large.narrow(dim, length, more)
+            if not inserted and pads_with_mean(spec, dim):
+                mean = small.float().mean(dim, keepdim=True)
+                rest.copy_(torch.lerp(of_large.float(), mean, alpha))
+            elif spec.block_output if inserted else not spec.free:
+                torch.mul(of_large, 1 - alpha, out=rest)
+            else:
+                rest.copy_(of_large)
+        out, large = out.narrow(dim, 0, length), large.narrow(dim, 0, length)
+    if out.numel():
+        torch.lerp(large, small, alpha, out=out)
 
 
 __all__ = ["interpolate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,7 @@ from cbd_hf.checkpoint import CheckpointError
 from cbd_hf.layout import Family, Shape, TensorSpec
 from cbd_hf.transforms.depth import LayerMap
 from cbd_hf.transforms.selection import First, Selection
-from cbd_hf.transforms.width import Growth, Index, WidthMap, pads_with_mean, place
+from cbd_hf.transforms.width import Growth, Index, Part, WidthMap, pads_with_mean, place
 
 
 if TYPE_CHECKING:
@@ -181,11 +182,13 @@ class Trans:
         tensor = place(tensor, spec, self.widths, indices, fill)
         return torch.zeros_like(tensor) if identity_block and spec.block_output else tensor
 
-    def corner(self, name: str, rows: tuple[int, int] | None = None) -> torch.Tensor | None:
+    def corners(
+        self, name: str, rows: tuple[int, int] | None = None
+    ) -> list[tuple[tuple[slice, ...], torch.Tensor]] | None:
         """
-        The part of target parameter `name` (of its `rows`) that the anchor gives as it is stored, if that is all that
-        [`Trans.tensor`] does besides padding behind it; else `None`. It may map the file, and is empty in a
-        block that changes nothing.
+        Target parameter `name` (its `rows`) as blocks, one for each combination of its axes' segments: where the block
+        lies, and what the anchor stores for its first coordinates in every axis, which may map the file. `None` if
+        [`Trans.tensor`] does more than to pad these.
 
         Blending needs no copy of such a parameter, which are nearly all: prefixes of channels, heads and units.
         """
@@ -194,19 +197,32 @@ class Trans:
             return None
         if (spec.width_power or spec.pad_power) and self.source.hidden != self.target.hidden:
             return None
-        indices = self._indices(name, spec)
-        if not all(index.is_prefix for index in indices):
-            return None
+        layer, _ = self.family.split(name)
+        source_layer = None if layer is None else self.layers.sources[layer]
         source_name = self.source_name(name)
-        stop = indices[0].existing
-        start, stop = (min(bound, stop) for bound in (rows or (0, stop)))
-        if self.expansion == "identity" and self.inserted(name) or start == stop:
-            start = stop = 0
-        tensor = self.reader.read(source_name, start, stop) if start < stop else None
-        if tensor is None:
+        by_axis: list[list[Part]] = []
+        for axis, length in zip(spec.axes, self.reader.shape(source_name), strict=True):
+            parts = self.widths.parts(axis, source_layer, length)
+            if parts is None:
+                return None
+            by_axis.append(parts)
+        if rows is not None:
+            by_axis[0] = [inside for part in by_axis[0] if (inside := part.rows(*rows)) is not None]
+        empty = self.expansion == "identity" and self.inserted(name)
+        blocks = []
+        for combination in itertools.product(*by_axis):
+            place = tuple(slice(part.start, part.start + part.length) for part in combination)
+            blocks.append((place, self._stored(source_name, combination, empty)))
+        return blocks
+
+    def _stored(self, source_name: str, parts: tuple[Part, ...], empty: bool) -> torch.Tensor:
+        count = 0 if empty else parts[0].existing
+        if count:
+            tensor = self.reader.read(source_name, parts[0].source, parts[0].source + count)
+        else:
             tensor = self.reader.read(source_name, 0, 1)[:0]
-        for dim, index in enumerate(indices[1:], start=1):
-            tensor = tensor.narrow(dim, 0, index.existing)
+        for dim, part in enumerate(parts[1:], start=1):
+            tensor = tensor.narrow(dim, part.source, part.existing)
         return tensor
 
     def _indices(self, name: str, spec: TensorSpec) -> list[Index]:

@@ -45,6 +45,7 @@ class WidthMap:
     selection: Selection = field(default_factory=First)
     growth: Growth = "pad"
     _cache: dict[tuple, Index] = field(default_factory=dict, repr=False, compare=False)
+    _parts_of: dict[tuple, list[Part] | None] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.growth == "clone" and self.target.hidden % self.source.hidden:
@@ -72,6 +73,29 @@ class WidthMap:
                 offset += self.source.size_of(segment)
             self._cache[key] = Index(entries, offset)
         return self._cache[key]
+
+    def parts(self, axis: Axis, layer: int | None, length: int) -> list[Part] | None:
+        """
+        The runs of an axis, one for each of its segments, where each takes the first coordinates of the anchor's;
+        `None` where one takes others. Arguments as for [`WidthMap.index`].
+        """
+        if axis.is_fixed:
+            return [Part(0, length, 0, length)]
+        key = ("parts", axis.segments, layer if self.selection.by_layer else None)
+        if key not in self._parts_of:
+            found: list[Part] | None = []
+            start = source = 0
+            for segment in axis.segments:
+                size = self.source.size_of(segment) if segment.unit else length
+                index = Index(self._segment(segment, layer), size)
+                if not index.is_prefix:
+                    found = None
+                    break
+                assert found is not None
+                found.append(Part(start, len(index.entries), source, index.existing))
+                start, source = start + len(index.entries), source + size
+            self._parts_of[key] = found
+        return self._parts_of[key]
 
     def _segment(self, segment: Segment, layer: int | None) -> list[int]:
         role, unit = segment.role, segment.unit
@@ -133,6 +157,33 @@ def _packed(segment: Segment, shape: Shape) -> list[tuple[int, int]]:
             entries += [(part, counts[part] + i) for i in range(width)]
             counts[part] += width
     return entries
+
+
+@dataclass(frozen=True)
+class Part:
+    """
+    A run of an axis that takes the first coordinates of a run of the anchor's.
+
+    Args:
+        start (`int`): its first entry in the target.
+        length (`int`): its entries in the target.
+        source (`int`): the first of the anchor's entries that it takes.
+        existing (`int`): how many it takes; the rest of its entries are new.
+    """
+
+    start: int
+    length: int
+    source: int
+    existing: int
+
+    def rows(self, start: int, stop: int) -> Part | None:
+        """What lies within entries `start` to `stop` of the target, counted from `start`; `None` if nothing does."""
+        low, high = max(self.start, start), min(self.start + self.length, stop)
+        if low >= high:
+            return None
+        skipped = low - self.start
+        existing = min(max(self.existing - skipped, 0), high - low)
+        return Part(low - start, high - low, self.source + min(skipped, self.existing), existing)
 
 
 @dataclass
