@@ -91,6 +91,10 @@ class Result:
     reason: str = ""
 
 
+class Refused(Exception):
+    """The package says that it does not support a type."""
+
+
 class Broken(Exception):
     """An invariant that does not hold."""
 
@@ -274,7 +278,7 @@ def check(model_type: str, directory: Path) -> float:
     Try everything for one type; the error of the expanded model's logits.
 
     Raises:
-        ValueError: it is refused.
+        Refused: it is refused, before anything is made.
         Broken: an invariant does not hold.
     """
     from transformers import AutoModelForCausalLM
@@ -283,13 +287,16 @@ def check(model_type: str, directory: Path) -> float:
     from cbd_hf.families import get_family
     from cbd_hf.sizing import lattice_config
 
-    config = tiny_config(model_type)
-    family = get_family(config)
-    wide, shape = pick_shapes(config, family)
-    for name, anchor_config in (("large", wide), ("small", config)):
-        random_model(anchor_config, seed=len(name)).save_pretrained(directory / name)
-    chain = DistillationChain.from_anchors([directory / "large", directory / "small"], directory / "chain")
-    between = lattice_config(chain["small"].config, chain["large"].config, shape, family)
+    try:
+        config = tiny_config(model_type)
+        family = get_family(config)
+        wide, shape = pick_shapes(config, family)
+        for name, anchor_config in (("large", wide), ("small", config)):
+            random_model(anchor_config, seed=len(name)).save_pretrained(directory / name)
+        chain = DistillationChain.from_anchors([directory / "large", directory / "small"], directory / "chain")
+        between = lattice_config(chain["small"].config, chain["large"].config, shape, family)
+    except ValueError as refusal:  # before anything is made; later ones are defects
+        raise Refused(str(refusal)) from refusal
     anchors = {anchor.name: anchor.load_model() for anchor in chain}
     small = anchors["small"]
     in_doubles = in_float64(small)
@@ -351,7 +358,7 @@ def examine(model_type: str) -> Result:
             result = Result("works", check(model_type, Path(directory)))
     except Broken as problem:
         result = Result("wrong", reason=str(problem))
-    except ValueError as refusal:
+    except Refused as refusal:
         result = Result("refuses", reason=str(refusal))
     except Late:
         result = Result("wrong", reason=f"takes more than {SECONDS} s")

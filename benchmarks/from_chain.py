@@ -12,8 +12,8 @@ fresh process; the three ways take turns:
 * naive:  both anchors through `from_pretrained`, then mixed in float32, tensor by tensor.
 
 Times are medians, without imports and without opening the chain; peaks are the largest resident memory above that of
-the process after its imports. The files are dropped from the page cache before each run, so that they come from the disk; with --warm they are read
-into it instead, and time/read then compares with copying memory.
+the process after its imports. The files are dropped from the page cache before each run, so that they come from the
+disk; with --warm they are read into it instead, and time/read then compares with copying memory.
 `peak_over_target` is measured against the bytes of the target's weights.
 """
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from cbd_hf.layout import GROUPS
@@ -34,7 +36,7 @@ def check_alpha(alpha: float | Mapping[str, float] | str | None) -> None:
         if unknown or not alpha:
             raise ValueError(f"alpha has the unknown group(s) {unknown}; choose from {list(GROUPS)}.")
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 1:
             label = "alpha" if name == "alpha" else f"alpha[{name!r}]"
             raise ValueError(
                 f"{label}={value} is outside [0, 1]. It weighs the smaller anchor: 1 takes it alone, 0 the larger one."
@@ -73,7 +75,9 @@ class Search:
 
     def record(self) -> dict[str, Any]:
         """For the target's config; without the time, which is no property of the model."""
-        trials = [[round(alpha, 6), round(loss, 6)] for alpha, loss in sorted(self.losses.items())]
+        # What overflowed is left out: JSON knows no infinity.
+        finite = {alpha: loss for alpha, loss in self.losses.items() if math.isfinite(loss)}
+        trials = [[round(alpha, 6), round(loss, 6)] for alpha, loss in sorted(finite.items())]
         return {"tokens": self.tokens, "trials": trials}
 
 
@@ -100,7 +104,8 @@ def search_alpha(
             alpha = round(min(max(alpha, 0.0), 1.0), 6)
             if alpha not in losses:
                 fill(alpha)
-                losses[alpha] = _loss(model, tokens)
+                loss = _loss(model, tokens)
+                losses[alpha] = loss if math.isfinite(loss) else math.inf
             bar.update()
 
         for alpha in (*GRID, default):
@@ -112,6 +117,8 @@ def search_alpha(
             attempt(best + step)
             step /= 2
     best = min(losses, key=lambda alpha: (losses[alpha], alpha))
+    if losses[best] == math.inf:
+        raise ValueError("No alpha gives a finite loss on the calibration text: give another dtype, such as float32.")
     count = sum(batch.numel() for batch in tokens)
     return Search(best, losses, count, time.perf_counter() - started)
 
@@ -151,10 +158,12 @@ def calibration_batches(
     """
     import torch
 
-    if isinstance(calibration, torch.Tensor):
-        return [row[None] for row in calibration.view(-1, calibration.shape[-1])[:rows]]
-    if not isinstance(calibration, str) and calibration and isinstance(calibration[0], torch.Tensor):
-        return [batch for batch in calibration if isinstance(batch, torch.Tensor)]
+    given = [calibration] if isinstance(calibration, torch.Tensor) else calibration
+    if not isinstance(given, str) and len(given) and isinstance(given[0], torch.Tensor):
+        found = [row[None, :length].long() for ids in given for row in torch.atleast_2d(torch.as_tensor(ids))][:rows]
+        if not found or min(row.shape[1] for row in found) < 2:
+            raise ValueError("calibration must be token ids of shape (rows, length), at least one row of two tokens.")
+        return found
     if tokenizer is None:
         raise ValueError(
             "The chain has no tokenizer, so calibration must be token ids: a tensor of shape (rows, length)."

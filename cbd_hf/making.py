@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.alphas import AUTO, by_group, calibration_batches, search_alpha
 from cbd_hf.chain import Anchor, DistillationChain
 from cbd_hf.initializers import RANDOM, assemble, fill_model
@@ -67,8 +68,8 @@ def random_model(
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with plain_loading(), torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.eval()
     return model if device is None else model.to(device)

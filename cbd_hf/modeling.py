@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.chain import AdjacentPair, DistillationChain
 from cbd_hf.making import exact_anchor, generation_config, make_model
 from cbd_hf.saving import save_targets
@@ -84,7 +85,8 @@ class CBDModel:
         chain = _opened(chain, revision, token, cache_dir)
         anchor = exact_anchor(chain, wish)
         if anchor is not None:
-            model = anchor.load_model(dtype=dtype or "auto")
+            with plain_loading():
+                model = anchor.load_model(dtype=wish.dtype or "auto")
             if device is not None:
                 model = model.to(device=device)  # type: ignore[call-arg]
             model.config.cbd = {"anchor": anchor.name}
@@ -111,16 +113,18 @@ class CBDModel:
         """
         Make one model or a whole family straight into directories, in one pass over the anchors.
 
-        No model is ever in memory, only the tensor being made and the shard that is not yet full. The directories hold
-        what `from_chain(...).save_pretrained(...)` writes, with tensors in the order of reading where there are
-        several shards, and appear whole or not at all.
+        No model is in memory, only the tensor being made and shards that are not yet full. (What needs a whole model
+        has one: `initializer="random"` and `alpha="auto"` the target, scores on calibration text the larger anchor.)
+        The directories hold what `from_chain(...).save_pretrained(...)` writes, with tensors in the order of reading
+        where there are several shards, and appear whole or not at all.
 
         Args:
             chain (`DistillationChain`, `str` or `Path`): see [`CBDModel.from_chain`].
             n_params (`float` or `Sequence[float]`, *optional*): a size or several; or `config` in
                 `options`.
             save_directory (`str` or `Path`, or a sequence): one for each size; must be empty or absent.
-            max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): of a weight file, and of memory.
+            max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): most of a weight file. As much is held in
+                memory, by all models together: with several their files are smaller.
             revision, token, cache_dir: see [`CBDModel.from_chain`].
             options: `config`, `alpha`, `initializer`, `expansion`, `selection`, `dtype`, `seed`, `calibration`; see
                 [`CBDModel.from_chain`].
@@ -132,9 +136,10 @@ class CBDModel:
             FileExistsError: a directory holds something; nothing was written.
             ValueError: see [`CBDModel.from_chain`].
         """
-        sizes = list(n_params) if isinstance(n_params, Sequence) else [n_params]
+        sizes = list(n_params) if isinstance(n_params, Sequence) or getattr(n_params, "ndim", 0) else [n_params]  # type: ignore[arg-type]
         places = [save_directory] if isinstance(save_directory, str | Path) else list(save_directory)
-        if not all(map(str, places)) or len(places) != len(sizes):
+        places = [place for place in places if str(place)]
+        if len(places) != len(sizes):
             raise ValueError(f"{len(sizes)} size(s) need as many directories in save_directory, got {len(places)}.")
         wishes = [Wish(n_params=size, **options) for size in sizes]
         return save_targets(_opened(chain, revision, token, cache_dir), wishes, places, max_shard_size)

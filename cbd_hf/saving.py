@@ -41,14 +41,15 @@ def save_targets(
     """
     from tqdm.auto import tqdm
 
-    places = [Path(directory) for directory in directories]
+    places = [Path(directory).expanduser().resolve() for directory in directories]
     anchors = [exact_anchor(chain, wish) for wish in wishes]
     wishes = [
         wish if anchor is None else Wish(n_params=wish.n_params, dtype=wish.dtype)
         for wish, anchor in zip(wishes, anchors, strict=True)
     ]
-    if len(set(map(Path.absolute, places))) < len(places):
-        raise ValueError(f"save_directory names a directory twice: {', '.join(map(str, places))}.")
+    for place in places:
+        if places.count(place) > 1 or any(other in place.parents for other in places):
+            raise ValueError(f"save_directory names {place} twice, or within another: give directories side by side.")
     for place in places:
         check_output_directory(place)
     tokenizer = chain.load_tokenizer()
@@ -59,7 +60,7 @@ def save_targets(
                 setattr(target.config, CONFIG_KEY, {"anchor": anchor.name})
             elif wish.alpha == AUTO:
                 choose_alpha(target, wish, chain)
-        stagings = [stack.enter_context(staging_directory(place.resolve())) for place in places]
+        stagings = [stack.enter_context(staging_directory(place)) for place in places]
         _write_weights(targets, wishes, stagings, max_shard_size, tqdm)
         for target, staging, place in zip(targets, stagings, places, strict=True):
             _write_config(target, staging)
@@ -72,7 +73,11 @@ def save_targets(
 def _write_weights(
     targets: Sequence[Target], wishes: Sequence[Wish], places: Sequence[Path], max_shard_size: int | str, tqdm: type
 ) -> None:
+    from transformers.utils.hub import convert_file_size_to_int
+
     work: list[tuple[tuple[str, int, str], Target, str, torch.Tensor, ShardWriter]] = []
+    # Every writer holds a shard, so they share what is allowed.
+    limit = max(1, convert_file_size_to_int(max_shard_size) // len(targets))
     with ExitStack() as writers:
         for target, wish, place in zip(targets, wishes, places, strict=True):
             if target.source is None:
@@ -84,7 +89,7 @@ def _write_weights(
             weights = weights_of(outline)
             for trans in target.source.trans:
                 trans.check(weights)
-            writer = writers.enter_context(ShardWriter(place, outline, max_shard_size))
+            writer = writers.enter_context(ShardWriter(place, outline, limit))
             for name in writer.names:
                 work.append((_reading_order(target, name), target, name, weights[name], writer))
         # Targets take turns on each of the anchors' tensors, which are then read from the disk once.
@@ -111,6 +116,9 @@ def _write_config(target: Target, place: Path) -> None:
         config.dtype = target.dtype if isinstance(target.dtype, str) else str(target.dtype).removeprefix("torch.")
         config.save_pretrained(place)
     generation = generation_config(target.pair.small) or generation_config(target.pair.large)
+    outline = target.outline()
+    if generation is None and outline.can_generate():
+        generation = outline.generation_config
     if generation is not None:
         generation.save_pretrained(place)
 

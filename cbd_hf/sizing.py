@@ -1,10 +1,11 @@
-"""From a number of parameters to a config: the lattice of shapes between two anchors (docs/building.md)."""
+"""From a number of parameters to a config: the lattice of shapes between two anchors (docs/method.md)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import TYPE_CHECKING
 
 from cbd_hf.families import check_same_family, get_family
@@ -26,7 +27,7 @@ def format_size(n_params: float) -> str:
 
 def check_n_params(n_params: float, smallest: int, largest: int) -> None:
     """Raise a `ValueError` that names the range unless `smallest <= n_params <= largest`."""
-    if isinstance(n_params, bool) or not isinstance(n_params, int | float) or not math.isfinite(n_params):
+    if isinstance(n_params, bool) or not isinstance(n_params, Real) or not math.isfinite(n_params):
         raise ValueError(f"n_params must be a finite number of parameters such as 138e6, got {n_params!r}.")
     if not smallest <= n_params <= largest:
         raise ValueError(
@@ -78,16 +79,15 @@ def corresponding_layers(
     if kept is None and len({*shallow, *deep}) > 1:
         kept = match_kinds(shallow, deep)
     maps = align_layers(n_small, n_large, n_target, kept, order)
-    for map_, of_anchor, of_other in ((maps[0], kinds[0], maps[1]), (maps[1], kinds[1], maps[0])):
-        other = kinds[1] if map_ is maps[0] else kinds[0]
-        for layer in range(n_target):
-            if map_.inserted[layer] or of_other.inserted[layer]:
-                continue
-            if of_anchor[map_.sources[layer]] != other[of_other.sources[layer]]:
-                raise ValueError(
-                    f"Layer {map_.sources[layer]} of one anchor and layer {of_other.sources[layer]} of the other are "
-                    "of different kinds, so they cannot be mixed: choose anchors whose kinds of layers correspond."
-                )
+    wanted = None if isinstance(target, int) else layer_kinds(target, family)
+    for layer in range(n_target):
+        met = [of[map_.sources[layer]] for map_, of in zip(maps, kinds, strict=True) if not map_.inserted[layer]]
+        if len(set(met)) > 1 or wanted is not None and set(met) - {wanted[layer]}:
+            raise ValueError(
+                f"In the target's layer {layer} layers of different kinds would meet ({maps[0].sources[layer]} and "
+                f"{maps[1].sources[layer]} of the anchors): choose anchors, or a config, whose kinds of layers "
+                "correspond."
+            )
     return maps
 
 
@@ -174,8 +174,8 @@ def plan_cut(config: PretrainedConfig, n_params: float) -> PretrainedConfig:
     shape = shape_of(config, family)
     if _is_mixed(config, config, family):
         raise ValueError(
-            f"This {config.model_type} mixes kinds of layers, so a size does not fix its layers: give "
-            "num_hidden_layers instead of n_params."
+            f"This {config.model_type} mixes kinds of layers, so a size does not fix its layers, and its depth cannot "
+            "be cut: cut its width, or take a checkpoint."
         )
     base, per_layer = _affine_count(config, shape, family)
     largest = base + per_layer * (shape.layers - 1)

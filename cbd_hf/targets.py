@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.alphas import by_group, check_alpha, recorded
 from cbd_hf.chain import AdjacentPair, Anchor, DistillationChain
 from cbd_hf.checkpoint import CheckpointReader
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+FIRST = "first"
 CONFIG_KEY = "cbd"
 """The one key under which a target's config records how it was made."""
 
@@ -49,6 +51,7 @@ class Wish:
         if (self.n_params is None) == (self.config is None):
             raise ValueError("Give either n_params, such as 138e6, or config, and not both.")
         check_alpha(self.alpha)
+        object.__setattr__(self, "dtype", resolve_dtype(self.dtype))
         known = sorted([*INITIALIZERS, RANDOM])
         if self.initializer not in known:
             raise ValueError(f"initializer={self.initializer!r} is unknown; choose one of {known}.")
@@ -68,6 +71,27 @@ class Wish:
                     raise ValueError(
                         f"{name}={value!r} runs text through a model: give calibration, some texts or token ids."
                     )
+
+
+def resolve_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """
+    A dtype by its name, `"bfloat16"` or `"torch.bfloat16"`; `None` and `"auto"` stay open.
+
+    Raises:
+        ValueError: it is none of float16, bfloat16, float32 and float64.
+    """
+    import torch
+
+    if dtype is None or isinstance(dtype, str) and dtype == "auto":
+        return None
+    known = {
+        str(each).removeprefix("torch."): each
+        for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    }
+    found = known.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype={dtype!r} is not one that weights can have; choose one of {sorted(known)}.")
+    return found
 
 
 @dataclass
@@ -152,20 +176,20 @@ def open_target(chain: DistillationChain, wish: Wish) -> Iterator[Target]:
         CheckpointReader(small.path, model=outlines[0]) as small_reader,
         CheckpointReader(large.path, model=outlines[1]) as large_reader,
     ):
-        dtype = small_reader.dtype(_embedding_name(outlines[0])) if wish.dtype in (None, "auto") else wish.dtype
-        assert dtype is not None
+        dtype = small_reader.dtype(_embedding_name(outlines[0])) if wish.dtype is None else wish.dtype
+        assert not isinstance(dtype, str)  # resolved by the wish
         if wish.initializer == RANDOM:
             del record["alpha"]
             yield Target(config, dtype, family, pair, None, None, default)
             return
-        maps = corresponding_layers(
-            small.config, large.config, config if kept is None else target.layers, family, kept, order
-        )
+        maps = corresponding_layers(small.config, large.config, config, family, kept, order)
         importance = _Measured(large, family, wish.calibration, chain)
         selection = MostImportant(importance()) if wish.selection == "importance" else SELECTIONS[wish.selection]()
         sides = [
-            Trans(reader, family, shape_of(anchor.config, family), target, layers, wish.expansion, selection)
-            for reader, anchor, layers in zip((small_reader, large_reader), pair, maps, strict=True)
+            Trans(reader, family, shape_of(anchor.config, family), target, layers, wish.expansion, rule)
+            for reader, anchor, layers, rule in zip(
+                (small_reader, large_reader), pair, maps, (SELECTIONS[FIRST](), selection), strict=True
+            )
         ]
         blueprint = Blueprint(
             config, family, sides[0], sides[1], alpha, wish.seed, importance if wish.calibration is not None else None
@@ -193,7 +217,8 @@ class _Measured:
         from cbd_hf.alphas import calibration_batches
 
         if self.result is None:
-            model = self.anchor.load_model()
+            with plain_loading():
+                model = self.anchor.load_model()
             batches = calibration_batches(
                 self.calibration, self.chain.load_tokenizer(), calibration_length(model.config)
             )

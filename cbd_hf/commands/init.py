@@ -76,7 +76,8 @@ class InitArguments:
         metadata={"help": "Text file for what is measured on text; its first 16 x 512 tokens are used."},
     )
     max_shard_size: str = field(
-        default="1GB", metadata={"help": "Of a weight file, such as 500MB; as much is held in memory."}
+        default="1GB",
+        metadata={"help": "Most of a weight file, such as 500MB; as much is held in memory, by all models together."},
     )
     dtype: str | None = field(
         default=None,
@@ -209,7 +210,7 @@ def _load_config(path: str) -> Any:
     found = Path(path).expanduser()
     if not found.exists():
         raise FileNotFoundError(f"target_config {path} does not exist; give a config.json or its directory.")
-    return AutoConfig.from_pretrained(found)
+    return AutoConfig.from_pretrained(found, trust_remote_code=False)
 
 
 def _row(config: Any, directory: Path, seconds: float) -> dict[str, Any]:

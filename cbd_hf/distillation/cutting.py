@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cbd_hf.checkpoint import CheckpointReader
 from cbd_hf.families import get_family
 from cbd_hf.initializers import TensorSource, assemble
-from cbd_hf.layout import Shape, config_with_shape, meta_model, shape_of
+from cbd_hf.layout import Shape, config_with_shape, layer_kinds, meta_model, shape_of
 from cbd_hf.sizing import plan_cut
 from cbd_hf.transforms import LayerMap, Trans, resized_eps
 from cbd_hf.transforms.basis import sort_by_importance
@@ -58,6 +58,11 @@ def cut_config(config: PretrainedConfig, options: Mapping[str, Any]) -> Pretrain
     larger = [name for name, field in SHAPE_OPTIONS.items() if getattr(cut, field) > getattr(shape, field)]
     if larger:
         raise ValueError(f"An anchor is cut from a larger one, but {larger[0]} would grow: choose at most its value.")
+    if cut.layers != shape.layers and len(set(layer_kinds(config, family))) > 1:
+        raise ValueError(
+            f"This {config.model_type} mixes kinds of layers, so its depth cannot be cut: cut its width, or take a "
+            "checkpoint for the anchor."
+        )
     result = config_with_shape(config, cut, family)
     if "n_params" in options:
         result = plan_cut(result, float(options["n_params"]))

@@ -80,15 +80,14 @@ def learn(config: PretrainedConfig) -> tuple[Family, Proof]:
         shared = store.describe(small)
         if shared not in _KNOWN:
             try:
-                with plain_loading():  # a ZeRO-3 launch would shard the small models
-                    _KNOWN[shared] = _learn(small)
+                _KNOWN[shared] = _learn_anywhere(small)
             except LayoutError as error:
                 _KNOWN[shared] = error
             except Exception as error:  # an architecture unlike any that was foreseen must not be guessed at
-                _KNOWN[shared] = LayoutError(
+                raise LayoutError(
                     f"{config.model_type} cannot be examined, so it is not supported "
                     f"({type(error).__name__}: {error})."
-                )
+                ) from error
         found = _KNOWN[key] = _KNOWN[shared]
         if not isinstance(found, LayoutError):
             store.save(config, found[0], found[1].errors)
@@ -107,6 +106,15 @@ def _for_proof(small: PretrainedConfig) -> dict[str, Any]:
         elif name in WINDOWS and type(value) is int and value > SHORT:
             values[name] = SHORT
     return values
+
+
+def _learn_anywhere(small: PretrainedConfig) -> tuple[Family, Proof]:
+    """[`_learn`] on the CPU of this process with gradients, whatever the caller has set: the proof needs them."""
+    import torch
+
+    # A ZeRO-3 launch would shard the small models.
+    with plain_loading(), torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        return _learn(small)
 
 
 def _learn(small: PretrainedConfig) -> tuple[Family, Proof]:
@@ -130,7 +138,7 @@ def _prove(probes: Probes) -> tuple[Family, Proof]:
 
     small = probes.config
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         own = changed(small, {})
         model = AutoModelForCausalLM.from_config(own, dtype=torch.float32, attn_implementation="eager").eval()
     sketch = draft(probes, model)

@@ -68,7 +68,7 @@ def random_model(
         config (`PretrainedConfig`): its config.
         norms (`dict[str, tuple[str, float]]`): modules that normalise, with their gain's offset.
         constant (`set[str]`): norms that write the stream, whose gain is kept uniform: with any other gain no
-            expansion under LayerNorm is exact (docs/building.md states the error).
+            expansion under LayerNorm is exact (docs/families.md states the error).
         dtype (`torch.dtype`): of its weights.
     """
     import torch
@@ -113,7 +113,7 @@ def build(
     copy = type(config).from_dict(config.to_dict())
     copy._experts_implementation = "eager"  # the grouped kernels know no float64
     with torch.random.fork_rng(devices=[]), nullcontext() if tensors is None else no_init_weights():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         model = AutoModelForCausalLM.from_config(copy, dtype=dtype, attn_implementation="eager")
     if tensors is not None:
         model.tie_weights()

@@ -25,13 +25,13 @@ VARIABLE = "CBD_LAYOUT_CACHE"
 def load(config: PretrainedConfig) -> tuple[Family, dict[str, float]] | None:
     """The layout stored for `config` and the errors of its proof, or `None`."""
     path = _path(config)
-    if path is None or not path.is_file():
+    if path is None:
         return None
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
         return _family(stored["family"]), {name: float(value) for name, value in stored["errors"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None  # damaged: it is learned again
+        return None  # absent or damaged: it is learned
 
 
 def save(config: PretrainedConfig, family: Family, errors: dict[str, float]) -> None:
@@ -50,19 +50,28 @@ _BESIDE = ("_name_or_path", "architectures", "cbd", "dtype", "torch_dtype", "tra
 def describe(config: PretrainedConfig) -> str:
     """All that a layout may depend on in a config, as JSON."""
     values = {name: value for name, value in config.to_dict().items() if name not in _BESIDE}
-    return json.dumps(values | {"class": type(config).__name__}, sort_keys=True, default=str)
+    kind = type(config)
+    return json.dumps(values | {"class": f"{kind.__module__}.{kind.__qualname__}"}, sort_keys=True, default=str)
 
 
 def _path(config: PretrainedConfig) -> Path | None:
     place = os.environ.get(VARIABLE)
-    if place == "off":
+    if place == "off" or not _is_stock(config):
         return None
-    if place is None:
+    if not place:
         from huggingface_hub.constants import HF_HOME
 
         place = str(Path(HF_HOME) / "cbd_hf" / "layouts")
     digest = hashlib.sha256(f"{_code()}\n{describe(config)}".encode()).hexdigest()
     return Path(place).expanduser() / f"{config.model_type}-{digest[:32]}.json"
+
+
+def _is_stock(config: PretrainedConfig) -> bool:
+    """Whether config and model are classes of transformers, whose version says what they are."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = [type(config), MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)]
+    return all(known is not None and known.__module__.startswith("transformers.") for known in classes)
 
 
 @lru_cache

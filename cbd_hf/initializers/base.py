@@ -87,6 +87,9 @@ class TensorSource:
         Args:
             values (`Mapping[int, float]`): position in `trans` -> the anchor's epsilon.
         """
+        if len({(values[index], trans.source.hidden) for index, trans in enumerate(self.trans)}) == 1:
+            trans = self.trans[0]  # to the bit, whatever the shares
+            return resized_eps(values[0], trans.source, trans.target) if trans.growth == "pad" else values[0]
         shares = self.shares or (1 / len(self.trans),) * len(self.trans)
         total = 0.0
         for index, (trans, share) in enumerate(zip(self.trans, shares, strict=True)):

@@ -128,7 +128,7 @@ class OwnWeights:
         table[attribute] = torch.nn.Parameter(value, requires_grad=False) if table is holder._parameters else value
         try:
             with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(self._blueprint.generator(name).initial_seed())
+                torch.default_generator.manual_seed(self._blueprint.generator(name).initial_seed())
                 # The module's own rule, then those of the modules around it, as transformers does.
                 for owner, module in reversed(calls):
                     owner._init_weights(module)

@@ -78,6 +78,11 @@ def _recorded_inputs(model: PreTrainedModel, family: Family, sums: dict[str, tor
     modules = dict(model.named_modules())
     names = [name for name, _ in model.named_parameters() if name.endswith(".weight")]
     gains = [name for name in names if (norm := family.spec(name).norm) is not None and norm.role == "hidden"]
+    if not gains:
+        raise ValueError(
+            f"{family.model_type} has norms without weights, whose inputs cannot be scored: choose a selection or an "
+            "initializer that needs no importance."
+        )
     last_norm = [name for name in gains if family.split(name)[0] is None][-1]
     handles = []
 

@@ -139,8 +139,6 @@ class Trans:
         if self.growth == "clone" and (spec.axes[0].side == "in" or spec.norm is not None):
             return False  # how many copies share a weight is counted over all rows
         index = self._indices(name, spec)[0]
-        if self.growth == "clone":  # copies are counted along the whole axis
-            return spec.axes[0].side != "in" and spec.norm is None
         return not (index.has_new and pads_with_mean(spec, 0))
 
     def tensor(

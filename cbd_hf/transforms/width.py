@@ -340,7 +340,7 @@ def _rescaled(tensor: torch.Tensor, spec: TensorSpec, widths: WidthMap) -> torch
 
 def resized_eps(eps: float, source: Shape, target: Shape) -> float:
     """The norm's epsilon after [`resize`]: scaled by d/D like the variance it is added to."""
-    return eps * source.hidden / target.hidden
+    return eps if source.hidden == target.hidden else eps * source.hidden / target.hidden
 
 
 __all__ = ["GROWTHS", "NEW", "Growth", "Index", "WidthMap", "pads_with_mean", "place", "resize", "resized_eps"]
