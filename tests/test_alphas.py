@@ -123,11 +123,17 @@ class TestCalibration:
         assert torch.equal(torch.cat(batches), tokens[:3])
         assert torch.equal(calibration_batches(tokens[0], None, 512)[0], tokens[:1])
 
-    def test_several_tensors_are_taken_as_they_are(self) -> None:
-        given = [random_tokens(2, 5), random_tokens(1, 9)]
-        assert all(
-            torch.equal(one, other) for one, other in zip(calibration_batches(given, None, 4), given, strict=True)
-        )
+    def test_several_tensors(self) -> None:
+        given = [random_tokens(2, 5).int(), random_tokens(1, 9)[0]]
+        batches = calibration_batches(given, None, 4)
+        assert [tuple(batch.shape) for batch in batches] == [(1, 4)] * 3
+        assert all(batch.dtype == torch.int64 for batch in batches)
+        assert torch.equal(torch.cat(batches), torch.cat([given[0][:, :4].long(), given[1][None, :4]]))
+
+    @pytest.mark.parametrize("tokens", [torch.zeros(0, 8), torch.zeros(3, 1)])
+    def test_too_few_tokens(self, tokens: torch.Tensor) -> None:
+        with pytest.raises(ValueError, match="at least one row of two tokens"):
+            calibration_batches(tokens.long(), None, 8)
 
     def test_texts(self) -> None:
         tokenizer = tiny_tokenizer()

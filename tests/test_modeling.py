@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -436,3 +437,41 @@ def test_refusals_come_before_the_chain_is_opened() -> None:
         CBDModel.from_chain("./nowhere", 1e6, alpha=2)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         CBDModel.from_chain("./nowhere", 1e6)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "half", "int8", torch.int64])
+def test_dtypes_that_weights_cannot_have(dtype: Any, chain: DistillationChain) -> None:
+    with pytest.raises(ValueError, match=r"choose one of \['bfloat16', 'float16', 'float32', 'float64'\]"):
+        CBDModel.from_chain(chain, middle(chain), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
+def test_names_of_a_dtype(dtype: Any, chain: DistillationChain) -> None:
+    assert CBDModel.from_chain(chain, middle(chain), dtype=dtype).dtype == torch.bfloat16
+
+
+def test_numbers_of_numpy(chain: DistillationChain) -> None:
+    expected = CBDModel.from_chain(chain, int(middle(chain)), alpha=0.5)
+    made = CBDModel.from_chain(chain, np.int64(middle(chain)), alpha=np.float32(0.5))
+    assert all(
+        torch.equal(one, other) for one, other in zip(weights(made).values(), weights(expected).values(), strict=True)
+    )
+
+
+def test_kinds_of_a_cut_chains_target(tmp_path: Path) -> None:
+    """The record of a cut says which layers meet; a config whose kinds are others is refused."""
+    kinds = ["full_attention", "full_attention", *["sliding_attention"] * 4]
+    options = {"use_sliding_window": True, "sliding_window": 4}
+    large = random_model(tiny_config("qwen3", layers=6, layer_types=kinds, **options))
+    small = random_model(tiny_config("qwen3", layers=3, layer_types=[kinds[i] for i in (0, 2, 5)], **options))
+    for name, model in (("large", large), ("small", small)):
+        model.save_pretrained(tmp_path / name)
+    cut = {"from": "large", "layers": [0, 2, 5], "removed": [1, 3, 4]}
+    chain = DistillationChain.from_anchors(
+        [str(tmp_path / "large"), str(tmp_path / "small")], tmp_path / "chain", cuts=[None, cut]
+    )
+    wrong = tiny_config("qwen3", layers=4, layer_types=["sliding_attention"] * 3 + ["full_attention"], **options)
+    with pytest.raises(ValueError, match="layers of different kinds would meet"):
+        CBDModel.from_chain(chain, config=wrong, initializer="cut")
+    made = CBDModel.from_chain(chain, middle(chain))
+    assert made.config.layer_types[0] == "full_attention" and "sliding_attention" in made.config.layer_types[1:]

@@ -201,7 +201,7 @@ def test_nothing_is_left_after_an_error(
         ([1.0, 2.0], ["a"], r"2 size\(s\) need as many directories in save_directory, got 1"),
         (1.0, "", "need as many directories"),
         ("middle", ["a", "b"], r"1 size\(s\)"),
-        (["middle", "middle"], ["a", "a"], "names a directory twice"),
+        (["middle", "middle"], ["a", "a"], "twice, or within another"),
         (["middle", 1.0], ["a", "b"], "outside the chain's range"),
     ],
 )
@@ -215,3 +215,24 @@ def test_refusals(
     with pytest.raises(ValueError, match=message):
         CBDModel.save_from_chain(chain, middle if sizes == "middle" else sizes, places)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_directories_within_each_other(chain: DistillationChain, tmp_path: Path) -> None:
+    for places in ([tmp_path / "a", tmp_path / "a" / "b"], [tmp_path / "a", tmp_path / "b" / ".." / "a"]):
+        with pytest.raises(ValueError, match="twice, or within another"):
+            CBDModel.save_from_chain(chain, [size_of(chain, 0.3), size_of(chain, 0.6)], places)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_generation_config_of_its_own(tmp_path: Path) -> None:
+    """Where no anchor brings one, both ways write the model's own."""
+    anchors = []
+    for index, heads in enumerate((6, 4)):
+        random_model(tiny_config("gpt2", heads=heads), index).save_pretrained(tmp_path / str(index))
+        (tmp_path / str(index) / "generation_config.json").unlink()
+        anchors.append(str(tmp_path / str(index)))
+    chain = DistillationChain.from_anchors(anchors, tmp_path / "chain")
+    CBDModel.save_from_chain(chain, size_of(chain), tmp_path / "streamed")
+    CBDModel.from_chain(chain, size_of(chain)).save_pretrained(tmp_path / "saved")
+    assert contents(tmp_path / "streamed") == contents(tmp_path / "saved")
+    assert (tmp_path / "streamed" / "generation_config.json").is_file()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from cbd_hf.families import get_family, learn, packings
+from cbd_hf.families import get_family, learn, packings, store
 from cbd_hf.families.packings import PACKINGS, Measured
 from cbd_hf.families.proof import TOLERANCE
 from cbd_hf.layout import LayoutError, Segment, parameter_shapes, shape_of, weight_shapes
@@ -391,3 +392,28 @@ def test_packings_each_fit_what_they_say() -> None:
     assert found({"ffn": 2}) == {"blocks": (Segment("ffn"),) * 2, "interleaved": (Segment("ffn", 2),)}
     assert found({"key_value": 16}) == {"plain": (Segment("key_value", 16),), "blocks": (key_value,) * 2}
     assert found({"hidden": 1, "ffn": 1}) == {} and found({"ffn": 1}, 3) == {}
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, lambda: torch.device("meta")])
+def test_learning_under_the_callers_settings(context: Callable[[], Any]) -> None:
+    """The proof needs gradients and real tensors, whatever the caller has switched off."""
+    with context():
+        family = get_family(family_config("llama"))
+    assert family.model_type == "llama"
+
+
+@pytest.mark.usefixtures("fresh")
+def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts of transformers' classes; not of classes whose code may change between two runs."""
+    monkeypatch.setenv(store.VARIABLE, str(tmp_path))
+    config = family_config("llama")
+    learned = learn(config)
+    (path,) = tmp_path.iterdir()
+    assert store.load(config) == (learned[0], learned[1].errors)
+    path.write_text("{")  # damaged: learned again
+    assert store.load(config) is None
+    get_family(custom("none"))
+    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setenv(store.VARIABLE, "off")
+    assert store.load(config) is None
