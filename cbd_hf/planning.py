@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from cbd_hf.families import check_same_family, get_family
 from cbd_hf.layout import Shape, config_with_shape, meta_model, parameter_shapes, shape_of
-from cbd_hf.sizing import check_n_params, default_alpha, lattice, plan_config
+from cbd_hf.sizing import check_n_params, default_alpha, lattice, lattice_config, plan_config, recorded_cut
 
 
 if TYPE_CHECKING:
@@ -78,12 +78,13 @@ class Counts:
 
 @dataclass(frozen=True)
 class PlanAnchor:
-    """An anchor as a plan sees it: its name, its config, and what follows from that."""
+    """An anchor as a plan sees it: its name, its config, what follows from that, and the record of its cut if any."""
 
     name: str
     config: PretrainedConfig
     family: Family
     counts: Counts
+    cut: Mapping[str, Any] | None = None
 
     @property
     def shape(self) -> Shape:
@@ -253,9 +254,15 @@ def cache_bytes(config: PretrainedConfig, workload: Workload, *, shape: Shape | 
     return 2 * kv_heads * head_dim * BYTES_PER_VALUE[workload.dtype] * tokens
 
 
-def plan_anchors(configs: Mapping[str, PretrainedConfig]) -> list[PlanAnchor]:
+def plan_anchors(
+    configs: Mapping[str, PretrainedConfig], cuts: Mapping[str, Mapping[str, Any] | None] | None = None
+) -> list[PlanAnchor]:
     """
     Anchors of the given names and configs, smallest first.
+
+    Args:
+        configs (`Mapping[str, PretrainedConfig]`): by name.
+        cuts (`Mapping`, *optional*): name -> the chain's record of how that anchor was cut out of a larger one.
 
     Raises:
         ValueError: there are none, their family is not supported, they do not belong together, or two have one size.
@@ -264,7 +271,10 @@ def plan_anchors(configs: Mapping[str, PretrainedConfig]) -> list[PlanAnchor]:
         raise ValueError("A plan needs at least one anchor, got none.")
     families = {name: get_family(config) for name, config in configs.items()}
     anchors = sorted(
-        (PlanAnchor(name, config, families[name], count_model(config)) for name, config in configs.items()),
+        (
+            PlanAnchor(name, config, families[name], count_model(config), (cuts or {}).get(name))
+            for name, config in configs.items()
+        ),
         key=lambda anchor: anchor.n_params,
     )
     for small, large in zip(anchors, anchors[1:], strict=False):
@@ -305,7 +315,7 @@ def _plan_size(anchors: Sequence[PlanAnchor], wanted: float, workload: Workload)
     if small.n_params == wanted:
         return _row(small.config, small.counts, small, small, workload, wanted)
     large = min((anchor for anchor in anchors if anchor.n_params > wanted), key=lambda anchor: anchor.n_params)
-    config = plan_config(small.config, large.config, wanted)
+    config = plan_config(small.config, large.config, wanted, *recorded_cut(small.cut, large.name))
     return _row(config, count_model(config), small, large, workload, wanted)
 
 
@@ -358,7 +368,7 @@ def plan_every_size(
         plan_config(small.config, large.config, (small.n_params + large.n_params) / 2)
         counters[small.name] = _LayerCounts(small, large)
         shapes = tqdm(
-            lattice(small.config, large.config, small.family),
+            lattice(small.config, large.config, small.family, *recorded_cut(small.cut, large.name)),
             desc=f"Sizes {small.name} .. {large.name}",
             unit=" sizes",
             disable=not progress,
@@ -382,10 +392,8 @@ def _plan_candidate(candidate: _Candidate, counters: Mapping[str, _LayerCounts],
     small, large, shape = candidate.small, candidate.large, candidate.shape
     if shape is None:
         return _row(small.config, small.counts, small, small, workload)
-    try:
-        config = config_with_shape(small.config, shape, small.family)
-    except ValueError:  # the anchors mix kinds of layers, and which of them a new one follows is not said by a shape
-        config = plan_config(small.config, large.config, candidate.n_params)
+    cut = recorded_cut(small.cut, large.name)
+    config = lattice_config(small.config, large.config, shape, small.family, *cut)
     return _row(config, counters[small.name](config, shape), small, large, workload)
 
 

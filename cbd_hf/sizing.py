@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cbd_hf.families import check_same_family, get_family
 from cbd_hf.layout import Family, Shape, config_with_shape, count_parameters, layer_kinds, meta_model, shape_of
@@ -43,6 +43,16 @@ def default_alpha(n_small: int, n_large: int, n_target: int) -> float:
     0.94 for the paper's 138M target between GPT-2 B and M, where it finds 0.9 best (Sec. 4.2.2).
     """
     return (n_large - n_target) / (n_large - n_small)
+
+
+def recorded_cut(cut: Mapping[str, Any] | None, larger: str) -> tuple[list[int] | None, list[int] | None]:
+    """
+    (kept layers, removal order) that an anchor's record says of its cut out of the larger neighbour; `None` for each
+    where it was not cut out of that one.
+    """
+    if not cut or cut.get("from") != larger:
+        return None, None
+    return cut["layers"], cut.get("removed")
 
 
 def corresponding_layers(
@@ -310,4 +320,5 @@ __all__ = [
     "lattice_config",
     "plan_config",
     "plan_cut",
+    "recorded_cut",
 ]

@@ -14,7 +14,7 @@ from cbd_hf.checkpoint import CheckpointReader
 from cbd_hf.families import check_same_family
 from cbd_hf.initializers import INITIALIZERS, RANDOM, Blueprint, TensorSource
 from cbd_hf.layout import Family, config_with_shape, count_parameters, meta_model, shape_of, weights_of
-from cbd_hf.sizing import corresponding_layers, default_alpha, plan_config
+from cbd_hf.sizing import corresponding_layers, default_alpha, plan_config, recorded_cut
 from cbd_hf.transforms import EXPANSIONS, SELECTIONS, Expansion, MostImportant, Trans
 from cbd_hf.transforms.importance import Importance, measure_importance
 
@@ -149,7 +149,7 @@ def open_target(chain: DistillationChain, wish: Wish) -> Iterator[Target]:
     pair = chain.adjacent(size)
     small, large = pair
     family = check_same_family(small.config, large.config)
-    kept, order = _correspondence(pair)
+    kept, order = recorded_cut(small.cut, large.name)
     if wish.config is None:
         config = plan_config(small.config, large.config, size, kept, order)
     else:
@@ -241,14 +241,6 @@ def _set_eps(config: PretrainedConfig, family: Family, source: TensorSource, pai
             anchor = next(anchor for anchor in pair if anchor.path == directory)
             values[index] = getattr(anchor.config, name)
         setattr(config, name, source.eps(values))
-
-
-def _correspondence(pair: AdjacentPair) -> tuple[list[int] | None, list[int] | None]:
-    """(kept layers, removal order) recorded when the smaller anchor was cut out of the larger one."""
-    cut = pair.small.cut
-    if not cut or cut.get("from") != pair.large.name:
-        return None, None
-    return cut["layers"], cut.get("removed")
 
 
 def _embedding_name(outline: PreTrainedModel) -> str:

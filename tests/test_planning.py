@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from transformers import (
 )
 from transformers.cache_utils import StaticCache
 
-from cbd_hf import planning
+from cbd_hf import CBDModel, DistillationChain, planning
 from cbd_hf.families import get_family
 from cbd_hf.layout import count_parameters, shape_of
 from cbd_hf.planning import (
@@ -40,7 +41,7 @@ from cbd_hf.planning import (
 )
 from cbd_hf.sizing import plan_config
 
-from .models import FAMILY_NAMES, tiny_config
+from .models import FAMILY_NAMES, random_model, tiny_config
 
 
 def gpt2(layers: int, hidden: int) -> GPT2Config:
@@ -422,3 +423,27 @@ def test_refused_anchors(gpt2_anchors: list[PlanAnchor]) -> None:
         plan_sizes(gpt2_anchors, [138e6, 9e9])
     with pytest.raises(ValueError, match="finite"):
         plan_sizes(gpt2_anchors, [float("nan")])
+
+
+def test_a_cut_decides_which_kinds_of_layers_meet(tmp_path: Path) -> None:
+    """The plan of a chain with a cut record and mixed layers is what from_chain makes."""
+    kinds = ["full_attention", "sliding_attention"] * 3
+    options = {"use_sliding_window": True, "sliding_window": 4}
+    layers = [0, 1, 4]
+    configs = {
+        "large": tiny_config("qwen3", layers=6, layer_types=kinds, **options),
+        "small": tiny_config("qwen3", layers=3, layer_types=[kinds[layer] for layer in layers], **options),
+    }
+    for name, config in configs.items():
+        random_model(config).save_pretrained(tmp_path / name)
+    cut = {"from": "large", "layers": layers, "removed": [5, 3, 2]}
+    chain = DistillationChain.from_anchors(
+        [str(tmp_path / "large"), str(tmp_path / "small")], tmp_path / "chain", cuts=[None, cut]
+    )
+    anchors = plan_anchors(configs, {"small": cut})
+    planned_sizes = plan_every_size(anchors, Workload(sequence_length=16))[1:-1]
+    assert planned_sizes
+    for planned in planned_sizes:
+        model = CBDModel.from_chain(chain, planned.n_params)
+        assert model.num_parameters() == planned.n_params
+        assert cache_bytes(model.config, Workload(sequence_length=16)) == planned.cache_bytes

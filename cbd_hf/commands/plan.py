@@ -165,7 +165,8 @@ def _chain_anchors(name: str, revision: str | None) -> "list[PlanAnchor]":
     for anchor in chain:
         if not (anchor.path / "config.json").is_file():
             raise FileNotFoundError(f"{anchor.path / 'config.json'} is missing; copy or download the chain again.")
-    anchors = plan_anchors({anchor.name: anchor.config for anchor in chain})
+    configs = {anchor.name: anchor.config for anchor in chain}
+    anchors = plan_anchors(configs, {anchor.name: anchor.cut for anchor in chain})
     for found in anchors:
         recorded = chain[found.name].n_params
         if found.n_params != recorded:
