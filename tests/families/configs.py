@@ -158,6 +158,27 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**GROUPED, **EXPERTS, "mlp_only_layers": [1], "tie_word_embeddings": True},
     ),
+    # Norms without weights: their readers take the factor.
+    "olmo": ("olmo", {**DERIVED}),
+    "nanochat": ("nanochat", {**DERIVED, "tie_word_embeddings": False}),
+    # One epsilon for the stream and for gated norms: the stream is scaled instead. Gated queries, linear attention.
+    "qwen3_5_text": (
+        "qwen3_5_text",
+        {
+            **{**GROUPED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4},
+            **{"linear_key_head_dim": 8, "linear_value_head_dim": 8},
+        },
+    ),
+    # Latent attention, dense layers before the experts, a bias of the experts that is no parameter.
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **{**DERIVED, "num_key_value_heads": 6, "moe_intermediate_size": 24, "first_k_dense_replace": 1},
+            **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1},
+            **{"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12},
+        },
+    ),
 }
 """Every case is small and unlike the miniature on which layouts are learned."""
 

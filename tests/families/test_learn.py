@@ -72,7 +72,7 @@ def test_every_parameter_is_explained(config: PretrainedConfig) -> None:
     assert {layout.split(name)[0] for name in shapes} - {None} == set(range(shape.layers))
     assert {layout.split(name)[1] for name in shapes} == set(layout.tensors)
     groups = {layout.group(name) for name in shapes}
-    assert groups == {"embeddings", "attention", "ffn", "norms"}
+    assert groups | {"norms"} == {"embeddings", "attention", "ffn", "norms"}  # some norms have no weights
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
