@@ -109,14 +109,13 @@ def _reading_order(target: Target, name: str) -> tuple[str, int, str]:
 
 
 def _write_config(target: Target, place: Path) -> None:
+    outline = target.outline()
     if target.source is not None:
-        outline = target.outline()
         config = target.config
         config.architectures = [type(outline).__name__]
         config.dtype = target.dtype if isinstance(target.dtype, str) else str(target.dtype).removeprefix("torch.")
         config.save_pretrained(place)
     generation = generation_config(target.pair.small) or generation_config(target.pair.large)
-    outline = target.outline()
     if generation is None and outline.can_generate():
         generation = outline.generation_config
     if generation is not None:

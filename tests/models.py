@@ -60,6 +60,20 @@ def tiny_config(family: str, layers: int = 3, heads: int = 4, head_dim: int = 8,
     return classes.get(family, LlamaConfig)(**values | tokens | overrides)
 
 
+def qwen3_config(layers: int, hidden: int, ffn: int) -> Qwen3Config:
+    """The full-size Qwen3 of the small checkpoints, with other depths and widths; for counting only."""
+    return Qwen3Config(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=ffn,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+    )
+
+
 def random_model(config: PretrainedConfig, seed: int = 0, std: float = 0.3) -> PreTrainedModel:
     """A random model whose every parameter, norms and biases included, is far from its usual start."""
     torch.manual_seed(seed)

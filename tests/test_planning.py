@@ -19,7 +19,6 @@ from transformers import (
     MixtralConfig,
     PretrainedConfig,
     Qwen2MoeConfig,
-    Qwen3Config,
 )
 from transformers.cache_utils import StaticCache
 
@@ -41,24 +40,11 @@ from cbd_hf.planning import (
 )
 from cbd_hf.sizing import plan_config
 
-from .models import FAMILY_NAMES, random_model, tiny_config
+from .models import FAMILY_NAMES, qwen3_config, random_model, tiny_config
 
 
 def gpt2(layers: int, hidden: int) -> GPT2Config:
     return GPT2Config(n_layer=layers, n_embd=hidden, n_head=hidden // 64)
-
-
-def qwen3(hidden: int, ffn: int) -> Qwen3Config:
-    return Qwen3Config(
-        num_hidden_layers=28,
-        hidden_size=hidden,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=ffn,
-        vocab_size=151936,
-        tie_word_embeddings=True,
-    )
 
 
 def mixtral(**options: Any) -> MixtralConfig:
@@ -130,7 +116,7 @@ def test_table_8(gpt2_anchors: list[PlanAnchor]) -> None:
 
 def test_grouped_heads_by_hand() -> None:
     """Qwen3 0.6B and 1.7B: heads x head_dim is not the width, 8 of 16 heads have keys and values of their own."""
-    anchors = plan_anchors({"0.6B": qwen3(1024, 3072), "1.7B": qwen3(2048, 6144)})
+    anchors = plan_anchors({"0.6B": qwen3_config(28, 1024, 3072), "1.7B": qwen3_config(28, 2048, 6144)})
     assert [anchor.n_params for anchor in anchors] == [596_049_920, 1_720_574_976]
     workload = Workload("bfloat16", 2048, 4)
     small, middle, large = plan_sizes(anchors, [596_049_920, 1e9, 1_720_574_976], workload)

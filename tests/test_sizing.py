@@ -12,14 +12,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
 from cbd_hf import plan_config
 from cbd_hf.families import get_family
 from cbd_hf.layout import Shape, config_with_shape, count_parameters, shape_of
 from cbd_hf.sizing import check_n_params, default_alpha, format_size, plan_cut
 
-from .models import tiny_config
+from .models import qwen3_config, tiny_config
 
 
 # The paper's chain: GPT-2 base, medium and large.
@@ -39,19 +39,6 @@ def llama(layers: int, hidden: int, heads: int, kv_heads: int, ffn: int, **optio
         num_key_value_heads=kv_heads,
         intermediate_size=ffn,
         **{"vocab_size": 49152, "tie_word_embeddings": False} | options,
-    )
-
-
-def qwen3(layers: int, hidden: int, ffn: int) -> Qwen3Config:
-    return Qwen3Config(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=ffn,
-        vocab_size=151936,
-        tie_word_embeddings=True,
     )
 
 
@@ -118,13 +105,13 @@ class RealTensors(TorchDispatchMode):
 
 def test_no_weights_are_allocated() -> None:
     # Learning a layout needs a tiny model; it is done once in a process.
-    for config in (*GPT2_CHAIN, qwen3(28, 1024, 3072), qwen3(28, 2048, 6144)):
+    for config in (*GPT2_CHAIN, qwen3_config(28, 1024, 3072), qwen3_config(28, 2048, 6144)):
         get_family(config)
     with RealTensors() as real:
         torch.empty(123)
         assert real.largest == 123  # the recorder works
         plan_config(GPT2_CHAIN[1], GPT2_CHAIN[2], 537e6)
-        plan_config(qwen3(28, 1024, 3072), qwen3(28, 2048, 6144), 1e9)
+        plan_config(qwen3_config(28, 1024, 3072), qwen3_config(28, 2048, 6144), 1e9)
     assert real.largest < 10_000
 
 
@@ -166,7 +153,7 @@ def test_smollm2_shape_has_the_published_size() -> None:
 
 def test_constant_heads_with_explicit_head_dim() -> None:
     """Qwen3 0.6B and 1.7B differ in width and FFN only: heads x head_dim is not the hidden size."""
-    small, large = qwen3(28, 1024, 3072), qwen3(28, 2048, 6144)
+    small, large = qwen3_config(28, 1024, 3072), qwen3_config(28, 2048, 6144)
     assert (count_parameters(small), count_parameters(large)) == (596_049_920, 1_720_574_976)
     shape = planned(small, large, 1e9)
     assert (shape.layers, shape.heads, shape.kv_heads, shape.head_dim) == (28, 16, 8, 128)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd_hf.alphas import AUTO, check_alpha
+from cbd_hf.commands.arguments import chain_first
 from cbd_hf.initializers import INITIALIZERS, RANDOM
 
 
@@ -240,17 +241,6 @@ def _shown(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _arguments(argv: Sequence[str]) -> list[str]:
-    """The chain may stand first without its name, and `--config` may name a model's config instead of a recipe."""
-    arguments = list(argv)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--chain")
-    for index, (option, value) in enumerate(zip(arguments, arguments[1:], strict=False)):
-        if option == "--config" and not value.endswith((".yaml", ".yml")):
-            arguments[index] = "--target_config"
-    return arguments
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Make models of one or several sizes from a chain, in seconds."""
     import sys
@@ -264,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         usage="cbd init CHAIN --n_params 138e6 --output_dir DIR ...",
         description=main.__doc__,
     )
-    (args,) = parser.parse_args_and_config(_arguments(sys.argv[1:] if argv is None else argv))
+    (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--target_config"))
     # One process is enough: the others of an `accelerate launch` have nothing to do.
     if int(os.environ.get("RANK", "0")) == 0:
         run(args)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf.commands.arguments import chain_first
+
 
 if TYPE_CHECKING:
     from cbd_hf.planning import PlanAnchor, PlannedModel, Workload
@@ -277,17 +279,6 @@ def _column(values: Sequence[int], step: int, units: Sequence[str]) -> tuple[str
     return units[power], [f"{value / step**power:,.{2 if power else 0}f}" for value in values]
 
 
-def _arguments(argv: Sequence[str]) -> list[str]:
-    """The chain may stand first without its name, and `--config` may name models' configs instead of options."""
-    arguments = list(argv)
-    if arguments and not arguments[0].startswith("-"):
-        arguments.insert(0, "--chain")
-    for index, (option, value) in enumerate(zip(arguments, arguments[1:], strict=False)):
-        if option == "--config" and not value.endswith((".yaml", ".yml")):
-            arguments[index] = "--configs"
-    return arguments
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Show what each size of a chain would be: shape, FLOPs per token, memory to serve and to train, alpha, neighbours.
@@ -305,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         usage="cbd plan CHAIN [--n_params 138e6,220e6] ...",
         description=main.__doc__,
     )
-    (args,) = parser.parse_args_and_config(_arguments(sys.argv[1:] if argv is None else argv))
+    (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--configs"))
     # One process is enough: the others of an `accelerate launch` have nothing to do.
     if int(os.environ.get("RANK", "0")) == 0:
         run(args)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from cbd_hf.checkpoint import CheckpointError
 from cbd_hf.families.packings import NEVER_RUN
 from cbd_hf.layout import (
+    Axis,
     Family,
     LayoutError,
     Shape,
@@ -26,6 +27,7 @@ from cbd_hf.layout import (
     shape_of,
     weights_of,
 )
+from cbd_hf.layout.axes import HEAD_ROLES
 from cbd_hf.transforms import LayerMap, StateDict, Trans
 from cbd_hf.transforms.basis import permuted
 from cbd_hf.transforms.width import resized_eps
@@ -297,11 +299,14 @@ def without_influence(bench: Bench, family: Family) -> list[str]:
     direction = torch.randn(result.shape, generator=torch.Generator().manual_seed(4), dtype=result.dtype)
     result.backward(direction)
     parameters = weights_of(model)
+    head_dim = shape_of(bench.config, family).head_dim
     reached = {family.split(name)[1] for name, tensor in parameters.items() if _moves(tensor.grad)}
     silent = []
     for local in dict.fromkeys(family.split(name)[1] for name, tensor in parameters.items() if tensor.dim() > 1):
-        roles = {role for axis in family.tensors[local].axes for role in axis.roles}
-        if local in reached or roles <= {"fixed"} or any(part in local for part in NEVER_RUN):
+        axes = family.tensors[local].axes
+        if local in reached or all(axis.is_fixed for axis in axes):
+            continue
+        if any(part in local for part in NEVER_RUN) and not any(_is_fused(axis, head_dim) for axis in axes):
             continue
         alike = {name: tensor for name, tensor in parameters.items() if family.split(name)[1] == local}
         with torch.no_grad():
@@ -313,6 +318,15 @@ def without_influence(bench: Bench, family: Family) -> list[str]:
             for name, tensor in alike.items():
                 tensor.copy_(bench.tensors[name])
     return silent
+
+
+def _is_fused(axis: Axis, head_dim: int) -> bool:
+    """Whether an axis may hold several parts, whose order only a proof can tell."""
+    return len(axis.segments) > 1 or any(
+        segment.unit > (head_dim if segment.role in HEAD_ROLES else 1)
+        for segment in axis.segments
+        if segment.role != "fixed"
+    )
 
 
 def _moves(gradient: torch.Tensor | None) -> bool:

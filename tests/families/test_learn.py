@@ -417,3 +417,10 @@ def test_what_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert list(tmp_path.iterdir()) == [path]
     monkeypatch.setenv(store.VARIABLE, "off")
     assert store.load(config) is None
+
+
+@pytest.mark.usefixtures("fresh")
+def test_fused_cross_attention_is_refused() -> None:
+    """A causal LM never runs it, so nothing tells in which order k and v lie."""
+    with pytest.raises(LayoutError, match=r"crossattention\.c_attn\.weight.* cannot be checked"):
+        get_family(family_config("gpt2", add_cross_attention=True))
