@@ -27,7 +27,7 @@ def save_targets(
     chain: DistillationChain, wishes: Sequence[Wish], directories: Sequence[str | Path], max_shard_size: int | str
 ) -> list[PretrainedConfig]:
     """
-    Make several targets, each tensor of the anchors read once for all of them, and save each whole or not at all.
+    Make several targets, which take turns on the anchors' tensors, and save each whole or not at all.
 
     Args:
         chain (`DistillationChain`): the anchors.
@@ -92,7 +92,7 @@ def _write_weights(
             writer = writers.enter_context(ShardWriter(place, outline, limit))
             for name in writer.names:
                 work.append((_reading_order(target, name), target, name, weights[name], writer))
-        # Targets take turns on each of the anchors' tensors, which are then read from the disk once.
+        # Targets take turns on each of the larger anchor's tensors, so that the disk gives it once.
         work.sort(key=lambda item: item[0])
         total = sum(weight.numel() for *_, weight, _ in work)
         with tqdm(total=total, desc="Writing", unit="param", unit_scale=True, disable=total < PROGRESS_FROM) as bar:
