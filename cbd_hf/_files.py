@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -18,6 +19,11 @@ from typing import Any
 _BLOCK = 1 << 22
 _PROGRESS_FROM = 200 * 10**6
 _STAGING_MARK = ".tmp-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# Writers in other languages say it in words, and torch.save's only that something went wrong.
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
+_TORCH_SAVE_TEXTS = ("PytorchStreamWriter", "inline_container")
+_NEARLY_FULL = 1 << 20
 
 
 def sha256_of(path: str | Path) -> str:
@@ -75,13 +81,69 @@ def sync_directory(directory: Path) -> None:
         os.close(handle)
 
 
-def _sync_tree(directory: Path) -> None:
+def sync_tree(directory: Path) -> None:
+    """Make every file below a directory durable, and their names."""
     for root, _, names in os.walk(directory):
         for name in names:
             # Windows can flush only a file that is open for writing.
             with open(os.path.join(root, name), "rb+" if os.name == "nt" else "rb") as file:
                 os.fsync(file.fileno())
         sync_directory(Path(root))
+
+
+class DiskFullError(OSError):
+    """A file could not be written for lack of space; what was there before is unharmed."""
+
+
+@contextmanager
+def explain_full_disk(
+    directory: str | Path, advice: str = "Free some space and run the same again."
+) -> Iterator[None]:
+    """
+    Raise what goes wrong inside for lack of space as one error that says where, and how much is free.
+
+    Args:
+        directory (`str` or `Path`): what is being written below; the file changed last is named.
+        advice (`str`, *optional*): the message's last sentence.
+
+    Raises:
+        DiskFullError: the disk, a quota or the process's limit of a file's size is exhausted. Other errors pass.
+    """
+    try:
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not _is_full(error, Path(directory)):
+            raise
+        raise DiskFullError(errno.ENOSPC, f"{_describe_full(error, Path(directory))} {advice}") from error
+
+
+def _is_full(error: BaseException, directory: Path) -> bool:
+    chain: BaseException | None = error
+    while chain is not None:
+        text = str(chain)
+        if isinstance(chain, OSError) and chain.errno in _FULL or any(part in text for part in _FULL_TEXTS):
+            return True
+        if any(part in text for part in _TORCH_SAVE_TEXTS) and _free(directory) < _NEARLY_FULL:
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
+
+
+def _free(directory: Path) -> int:
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _describe_full(error: BaseException, directory: Path) -> str:
+    written = [(path.stat().st_mtime_ns, path) for path in directory.rglob("*") if path.is_file()]
+    named = getattr(error, "filename2", None) or getattr(error, "filename", None)
+    path = Path(os.fsdecode(named)) if named else max(written)[1] if written else directory
+    size = f" after {path.stat().st_size:,} bytes" if path.is_file() else ""
+    cause = error if isinstance(error, OSError) and error.strerror else None
+    reason = cause.strerror if cause else str(error).splitlines()[0]
+    return f"Writing {path} failed{size}: {reason}. {_free(directory):,} bytes are free there."
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
@@ -95,7 +157,10 @@ def atomic_write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}{_STAGING_MARK}{uuid.uuid4().hex[:12]}")
     try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with (
+            explain_full_disk(temporary, f"{path} is as it was. Free some space and run the same again."),
+            open(temporary, "w", encoding="utf-8", newline="\n") as file,
+        ):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -138,13 +203,17 @@ def staging_directory(final: str | Path) -> Iterator[Path]:
 
     Args:
         final (`str` or `Path`): where the directory will go. Its parent is created if needed.
+
+    Raises:
+        DiskFullError: what is written inside does not fit.
     """
     final = Path(final)
     final.parent.mkdir(parents=True, exist_ok=True)
     staging = final.with_name(f".{final.name}{_STAGING_MARK}{uuid.uuid4().hex[:12]}")
     staging.mkdir()
     try:
-        yield staging
+        with explain_full_disk(staging):
+            yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -152,6 +221,16 @@ def staging_directory(final: str | Path) -> Iterator[Path]:
 def is_staging(path: Path) -> bool:
     """Whether a path has the name of a temporary file or directory that a killed process left behind."""
     return path.name.startswith(".") and _STAGING_MARK in path.name
+
+
+def remove_staging(final: str | Path) -> None:
+    """Remove what killed processes staged for `final`. No other process may be writing it."""
+    final = Path(final)
+    for path in final.parent.glob(f".{glob.escape(final.name)}{_STAGING_MARK}*"):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def commit_directory(staging: str | Path, final: str | Path) -> None:
@@ -166,7 +245,7 @@ def commit_directory(staging: str | Path, final: str | Path) -> None:
         FileExistsError: `final` exists and is not empty. Neither directory is changed.
     """
     target = check_output_directory(final)
-    _sync_tree(Path(staging))
+    sync_tree(Path(staging))
     if os.name == "nt" and target.exists():
         target.rmdir()
     try:
@@ -179,14 +258,50 @@ def commit_directory(staging: str | Path, final: str | Path) -> None:
     sync_directory(target.parent)
 
 
+def merge_directory(staging: str | Path, final: str | Path, keys: Sequence[str] = ()) -> None:
+    """
+    Move the finished entries of a directory into one that may hold others, such as checkpoints.
+
+    An empty or missing `final` is replaced in one step. Otherwise every entry is moved by a rename, and the files
+    named in `keys`, without which nobody reads the others, are removed first and moved last: a process that is killed
+    in between leaves a directory that does not load, never one of two halves.
+
+    Args:
+        staging (`str` or `Path`): the finished directory, on the same file system as `final`.
+        final (`str` or `Path`): where to. Entries of the same name are replaced.
+        keys (`Sequence[str]`, *optional*): names of files, such as `config.json`.
+    """
+    staging, target = Path(staging), Path(final).resolve()
+    if not target.is_dir() or not any(target.iterdir()):
+        commit_directory(staging, final)
+        return
+    sync_tree(staging)
+    for name in keys:
+        (target / name).unlink(missing_ok=True)
+    sync_directory(target)
+    for path in sorted(staging.iterdir(), key=lambda path: path.name in keys):
+        if path.is_dir() and (target / path.name).exists():
+            shutil.rmtree(target / path.name)
+        if path.name in keys:
+            sync_directory(target)
+        os.replace(path, target / path.name)
+    sync_directory(target)
+    staging.rmdir()
+
+
 __all__ = [
+    "DiskFullError",
     "atomic_write_text",
     "canonical_digest",
     "check_output_directory",
     "commit_directory",
+    "explain_full_disk",
     "is_safe_relative",
     "is_staging",
+    "merge_directory",
+    "remove_staging",
     "sha256_of",
     "staging_directory",
     "sync_directory",
+    "sync_tree",
 ]

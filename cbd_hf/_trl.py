@@ -5,10 +5,10 @@ from __future__ import annotations
 
 try:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
-    from trl.models import prepare_deepspeed
+    from trl.models.utils import _ForwardRedirection as ForwardRedirection
     from trl.models.utils import unwrap_model_for_generation
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
-    from trl.trainer.utils import disable_dropout_in_model, pad
+    from trl.trainer.utils import disable_dropout_in_model, maybe_gather_lm_head_ctx, pad
 except ImportError as error:  # trl.experimental moves between minor releases
     import trl
 
@@ -20,10 +20,11 @@ except ImportError as error:  # trl.experimental moves between minor releases
 
 __all__ = [
     "DataCollatorForLanguageModeling",
+    "ForwardRedirection",
     "GKDConfig",
     "GKDTrainer",
     "disable_dropout_in_model",
+    "maybe_gather_lm_head_ctx",
     "pad",
-    "prepare_deepspeed",
     "unwrap_model_for_generation",
 ]

@@ -538,8 +538,9 @@ def _entry(candidate: Candidate, directory: str, files: dict[str, dict[str, Any]
 def _write_texts(directory: Path, manifest: Mapping[str, Any]) -> None:
     from cbd_hf.report.card import chain_card
 
-    write_manifest(directory, manifest)
+    # The card first: a build that is killed in between writes both again.
     atomic_write_text(directory / CARD, chain_card(DistillationChain._from_manifest(directory, manifest)))
+    write_manifest(directory, manifest)
 
 
 def _remove_leftovers(root: Path, manifest: Mapping[str, Any]) -> None:

@@ -17,6 +17,7 @@ COMMANDS = {
     "init": ("cbd_hf.commands.init", "make models of any size from a chain"),
     "inspect": ("cbd_hf.commands.inspect", "show a chain as a table; --verify checks every file"),
     "plan": ("cbd_hf.commands.plan", "shape, FLOPs and memory of a chain's sizes, before any is made"),
+    "cache": ("cbd_hf.commands.cache", "keep a teacher's predictions, to distil without it"),
     "eval": ("cbd_hf.commands.evaluate", "held-out loss, bits per byte and Rouge-L of a model"),
     "finetune": ("cbd_hf.commands.finetune", "fine-tune a model on instructions"),
     "quickstart": ("cbd_hf.commands.quickstart", "all of it on a small real model, with a report"),

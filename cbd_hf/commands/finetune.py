@@ -57,16 +57,20 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
     Fine-tune and save model and tokenizer in `config.output_dir`.
 
     The loss covers the completion only. With `model_config.use_peft` the adapter is saved, and the merged model beside
-    it if `args.merge_adapter` is set.
+    it if `args.merge_adapter` is set. All of it appears in `output_dir` at the end, at once; before that there are only
+    checkpoints (`save_steps`), of which `resume_from_checkpoint` takes the last one that was written to its end.
 
     Returns:
         `dict[str, float]`: the metrics of the training (`train_loss`, `train_runtime`, ...).
 
     Raises:
         FileExistsError: `output_dir` is not empty and the training is not resumed.
-        ValueError: no model, options that do not go together, or data in no known layout.
+        ValueError: no model, options that do not go together, data in no known layout, or nothing to resume from.
+        DiskFullError: a checkpoint or the result does not fit on the disk; what was there before is unharmed.
     """
     from trl import SFTTrainer, get_peft_config
+
+    from ..distillation.resuming import save_whole, train_resumably
 
     _check(args, config, model_config)
     model, tokenizer = _load_model(model_config)
@@ -82,12 +86,14 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
         processing_class=tokenizer,
         peft_config=get_peft_config(model_config),
     )
-    output = trainer.train(resume_from_checkpoint=_resume_point(config))
-    trainer.save_model(config.output_dir)
-    if args.merge_adapter and trainer.is_world_process_zero():
-        _save_merged(Path(str(config.output_dir)), tokenizer)
-    # The others may not leave before the files are complete.
-    trainer.accelerator.wait_for_everyone()
+    output = train_resumably(trainer, _resume_point(config))
+
+    def save(directory: Path) -> None:
+        trainer.save_model(str(directory))
+        if args.merge_adapter and trainer.is_world_process_zero():
+            _save_merged(directory, tokenizer)
+
+    save_whole(Path(str(config.output_dir)), save, keys=("adapter_config.json", "config.json"))
     return output.metrics
 
 
@@ -106,13 +112,23 @@ def _check(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig
         )
 
 
-def _resume_point(config: SFTConfig) -> str | bool | None:
-    """A checkpoint directory, True for the last one in output_dir, or None."""
+def _resume_point(config: SFTConfig) -> str | None:
+    """A checkpoint directory: the one that was named, or the last complete one in output_dir; None to start anew."""
+    from ..distillation.checkpoints import last_complete_checkpoint
+
     # A command line gives text, a YAML file a bool.
     chosen = str(config.resume_from_checkpoint or "").strip()
     if chosen.lower() in {"", "false", "none"}:
         return None
-    return True if chosen.lower() == "true" else chosen
+    if chosen.lower() != "true":
+        return chosen
+    last = last_complete_checkpoint(str(config.output_dir))
+    if last is None:
+        raise ValueError(
+            f"{config.output_dir} has no checkpoint that was written to its end, so there is nothing to resume from: "
+            "leave resume_from_checkpoint out and choose an empty output_dir, or give a checkpoint's path."
+        )
+    return last
 
 
 def _load_model(model_config: ModelConfig) -> tuple[Any, Any]:
@@ -149,8 +165,11 @@ def _load_data(args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
 def _save_merged(directory: Path, tokenizer: Any) -> None:
     from peft import AutoPeftModelForCausalLM
 
+    from .._loading import plain_loading
+
     # Read back from the adapter's files: the trainer has changed the forward of the model in memory.
-    merged = AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload()
+    with plain_loading():
+        merged = AutoPeftModelForCausalLM.from_pretrained(directory).merge_and_unload()
     merged.save_pretrained(directory / MERGED_DIRECTORY)
     tokenizer.save_pretrained(directory / MERGED_DIRECTORY)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -66,13 +67,16 @@ def format_chain(chain: DistillationChain) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Show a chain's anchors; with --verify, also check every file's hash."""
+    """Show a chain's anchors, or what a teacher cache holds; with --verify, also check every file's hash."""
     parser = argparse.ArgumentParser(prog="cbd inspect", description=main.__doc__)
-    parser.add_argument("chain", help="directory or Hub id of a chain")
+    parser.add_argument("chain", help="directory or Hub id of a chain, or directory of a teacher cache")
     parser.add_argument("--verify", action="store_true", help="check every weight file against its sha256")
     parser.add_argument("--json", action="store_true", help="print the table as JSON")
     parser.add_argument("--revision", help="of a chain on the Hub")
     args = parser.parse_args(argv)
+    if (Path(args.chain) / "cache.json").is_file():
+        _show_cache(Path(args.chain), args.verify, args.json)
+        return
 
     from cbd_hf.chain import DistillationChain
 
@@ -85,6 +89,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(format_chain(chain))
     if args.verify:
         print("All weight files match their sha256.")
+
+
+def _show_cache(directory: Path, verify: bool, as_json: bool) -> None:
+    import dataclasses
+
+    from cbd_hf.commands.cache import format_manifest
+    from cbd_hf.distillation.cache.manifest import CacheManifest
+
+    manifest = CacheManifest.read(directory)
+    manifest.check_shards(directory, "full" if verify else "size")
+    print(json.dumps(dataclasses.asdict(manifest), indent=2) if as_json else format_manifest(manifest))
+    if verify and not as_json:
+        print("All files match their sha256.")
 
 
 __all__ = ["describe_chain", "format_chain", "main"]

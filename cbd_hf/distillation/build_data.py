@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from cbd_hf._files import canonical_digest
 from cbd_hf.data.instructions import load_instructions
 from cbd_hf.data.sources import load_split
 from cbd_hf.data.text import load_texts, split_rows, train_valid_split
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _CALIBRATION_LENGTH = 256
-_DIGEST_ROWS = 1000
+_DIGEST_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BuildData:
     Args:
         train (`Dataset`): rows for the trainers.
         held_out (`list[str]`): texts that no stage trains on.
-        digest (`str`): of the training rows (their number, and the first and last 1,000).
+        digest (`str`): of all training rows, in their order; see [`rows_digest`].
         calibration_texts (`list[str]`): training texts on which layers and channels are scored.
     """
 
@@ -76,13 +76,68 @@ def load_build_data(args: BuildArguments, text_field: str, seed: int) -> BuildDa
     if args.data_format == "text" and text_field != "text":
         train = train.rename_column("text", text_field)  # the trainer's name for it
     first = min(len(train), args.calibration_documents)
-    ends = [*range(min(_DIGEST_ROWS, len(train))), *range(max(0, len(train) - _DIGEST_ROWS), len(train))]
     return BuildData(
         train=train,
         held_out=[_as_text(row, text_field) for row in held_out or []],
-        digest=canonical_digest([len(train), [train[index] for index in ends]]),
+        digest=rows_digest(train),
         calibration_texts=[_as_text(train[index], text_field) for index in range(first)],
     )
+
+
+def rows_digest(dataset: Dataset) -> str:
+    """
+    Hexadecimal SHA-256 of a dataset's content: its columns by name, all rows, their order.
+
+    It does not depend on how the rows are stored (files, shards, memory, selected out of others). About a second for
+    half a gigabyte of text; a progress bar is shown after three seconds.
+
+    Args:
+        dataset (`Dataset`): any columns.
+    """
+    from tqdm import tqdm
+
+    names = sorted(dataset.column_names)
+    digest = hashlib.sha256(repr((len(dataset), names)).encode())
+    batches = dataset.with_format("arrow").iter(batch_size=_DIGEST_ROWS)
+    total = -(-len(dataset) // _DIGEST_ROWS)
+    for table in tqdm(batches, total=total, desc="digest of the data", unit="batch", delay=3, disable=None):
+        for name in names:
+            _update(digest, table.column(name).combine_chunks())
+    return digest.hexdigest()
+
+
+def _update(digest: Any, array: Any) -> None:
+    """Add an Arrow array's values to a digest, whatever its offset, chunks and width of offsets are."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if isinstance(array, pa.ChunkedArray):
+        array = array.combine_chunks() if array.num_chunks != 1 else array.chunk(0)
+    kind = array.type
+    digest.update(f"{str(kind).replace('large_', '')} {len(array)} {array.null_count};".encode())
+    if array.null_count:
+        digest.update(array.is_valid().to_numpy(zero_copy_only=False).tobytes())
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        array = array.cast(pa.large_string())
+        array = array.fill_null("") if array.null_count else array
+        digest.update(pc.binary_length(array).to_numpy(zero_copy_only=False).tobytes())
+        _, offsets, values = array.buffers()
+        if values is not None:
+            ends = pa.Array.from_buffers(pa.int64(), len(array) + 1, [None, offsets], offset=array.offset)
+            digest.update(memoryview(values)[ends[0].as_py() : ends[len(array)].as_py()])
+    elif pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        lengths = pc.list_value_length(array)
+        lengths = lengths.fill_null(0) if array.null_count else lengths
+        digest.update(lengths.cast(pa.int64()).to_numpy(zero_copy_only=False).tobytes())
+        _update(digest, array.flatten())
+    elif pa.types.is_struct(kind):
+        for position, child in enumerate(array.flatten()):
+            digest.update(kind.field(position).name.encode())
+            _update(digest, child)
+    elif (pa.types.is_integer(kind) or pa.types.is_floating(kind)) and not array.null_count:
+        digest.update(array.to_numpy(zero_copy_only=False).tobytes())
+    else:
+        digest.update(repr(array.to_pylist()).encode())
 
 
 def _as_text(row: dict[str, Any], text_field: str) -> str:
@@ -97,4 +152,4 @@ def _joined(part: str | list[dict[str, str]]) -> str:
     return part if isinstance(part, str) else "\n".join(message["content"] for message in part)
 
 
-__all__ = ["BuildData", "load_build_data"]
+__all__ = ["BuildData", "load_build_data", "rows_digest"]

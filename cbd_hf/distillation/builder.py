@@ -79,7 +79,8 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     """
     check_recipe(args, training)
     chain, work = Path(str(training.output_dir)), Path(f"{training.output_dir}.build")
-    if not (chain / MANIFEST).is_file():
+    # A build that was killed while it added its first anchor has left something of it.
+    if not (chain / MANIFEST).is_file() and not (work / RECIPE).is_file():
         check_output_directory(chain)
     source = anchor_directory(resolve_checkpoint(args.source))
     data = load_build_data(args, training.dataset_text_field, training.seed)
@@ -149,6 +150,8 @@ def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
     else:
         return
     changed = differences(begun, record)
+    if any(line.startswith("rows_per_step") for line in changed):
+        changed.append("(rows_per_step: per_device_train_batch_size x gradient_accumulation_steps x processes)")
     if changed:
         raise ValueError(
             f"The recipe differs from the one that {chain} was begun with:\n  "

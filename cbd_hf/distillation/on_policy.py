@@ -29,17 +29,17 @@ def prompt_of(input_ids: list[int], labels: list[int], max_length: int) -> list[
 class KeyedSampling(LogitsProcessor):
     """
     Makes greedy decoding an exact sample from softmax(logits / temperature), by adding Gumbel noise that depends only
-    on the seed, the row's prompt and the position. A row's sample is then the same in any batch on any process.
+    on the seed, the row's key and the position. A row's sample is then the same in any batch on any process.
 
     Args:
-        prompts (`list[list[int]]`): the rows' prompts.
+        keys (`list[str]`): one for each row; rows of one key would draw the same noise.
         seed (`str`): of the whole run and step.
         prompt_width (`int`): padded width of the prompts.
         temperature (`float`): of the sampling.
     """
 
-    def __init__(self, prompts: list[list[int]], seed: str, prompt_width: int, temperature: float) -> None:
-        self.keys = [hashlib.sha256(f"{seed} {prompt}".encode()).digest() for prompt in prompts]
+    def __init__(self, keys: list[str], seed: str, prompt_width: int, temperature: float) -> None:
+        self.keys = [hashlib.sha256(f"{seed} {key}".encode()).digest() for key in keys]
         self.prompt_width = prompt_width
         self.temperature = temperature
 
@@ -62,8 +62,10 @@ def sample_completions(
     pad_token_id: int,
     eos_token_id: int | list[int] | None,
     seed: str,
+    keys: list[str] | None = None,
 ) -> list[list[int]]:
-    """One sampled completion per prompt, cut behind its first end-of-sequence token."""
+    """One sampled completion per prompt, cut behind its first end-of-sequence token. `keys`: see [`KeyedSampling`]."""
+    keys = [str(prompt) for prompt in prompts] if keys is None else keys
     device = next(model.parameters()).device
     rows = [torch.tensor(prompt) for prompt in prompts]
     input_ids = pad(rows, padding_value=pad_token_id, padding_side="left").to(device)
@@ -82,7 +84,7 @@ def sample_completions(
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([KeyedSampling(prompts, seed, width, temperature)]),
+            logits_processor=LogitsProcessorList([KeyedSampling(keys, seed, width, temperature)]),
         )
     finally:
         owner.generation_config = own

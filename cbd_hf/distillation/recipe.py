@@ -5,6 +5,7 @@
 import copy
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ from cbd_hf.distillation.cutting import SHAPE_OPTIONS
 ANCHOR_OPTIONS = {"checkpoint", "name", "supervised", "training", "n_params", *SHAPE_OPTIONS}
 
 RESERVED_NAMES = {"source", "source-sorted", "source-supervised", "supervised-trainer"}
+
+# How a global batch is split: only the product with the number of processes counts.
+_SPLIT = ("gradient_accumulation_steps", "per_device_train_batch_size")
 
 # Training options that say where and how to run, not what is learnt: a change of these may resume.
 _RUN_ONLY = {
@@ -170,16 +174,39 @@ def _options(config: type, values: Mapping[str, Any] | None, where: str) -> dict
 def recipe_record(
     args: BuildArguments, training: StepwiseDistillationConfig, source_digest: str, data_digest: str
 ) -> dict[str, Any]:
-    """The recipe as plain JSON, with digests of what it names. Two builds may continue each other iff they agree."""
+    """
+    The recipe as plain JSON, with digests of what it names. Two builds may continue each other iff they agree.
+
+    A global batch may be split in another way, over other numbers of processes too, as long as it stays the same.
+    """
     options = {name: value for name, value in training.to_dict().items() if name not in _RUN_ONLY}
     record = {
         **dataclasses.asdict(args),
         "source_sha256": source_digest,
         "data_sha256": data_digest,
         "training": options,
+        "rows_per_step": _rows_per_step(args, training),
     }
     record.pop("license")
+    anchors = [part for anchor in record["anchors"] for part in (anchor.get("training"), anchor.get("supervised"))]
+    for part in (options, record["supervised"], *anchors):
+        for name in _SPLIT:
+            (part or {}).pop(name, None)
     return json.loads(json.dumps(record, default=str))
+
+
+def _rows_per_step(args: BuildArguments, training: StepwiseDistillationConfig) -> dict[str, int]:
+    """Rows of the global batch of every phase: per device x accumulation x processes."""
+    phases = {"supervised": args.supervised}
+    for anchor in args.anchors:
+        phases[anchor["name"]] = anchor.get("training")
+        phases[f"{anchor['name']}/supervised"] = anchor.get("supervised", args.supervised)
+    return {
+        name: math.prod(int((options or {}).get(part, getattr(training, part))) for part in _SPLIT)
+        * training.world_size
+        for name, options in phases.items()
+        if options or not name.endswith("supervised")
+    }
 
 
 def differences(old: Any, new: Any, where: str = "") -> list[str]:

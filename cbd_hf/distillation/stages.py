@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import DeepSpeedPlugin, PartialState
 from accelerate.state import AcceleratorState
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, Trainer
 from trl import SFTConfig, SFTTrainer
 
-from cbd_hf._files import atomic_write_text, commit_directory, staging_directory
+from cbd_hf._files import atomic_write_text, commit_directory, remove_staging, staging_directory
 from cbd_hf._loading import plain_loading
 from cbd_hf.distillation.columns import dataset_kind, supervise_turns
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.recipe import supervised_options
+from cbd_hf.distillation.resuming import save_whole, train_resumably
 from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
 from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
 
@@ -29,7 +30,6 @@ from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_COMPLETE = "cbd_complete"  # marks a Trainer checkpoint whose every file has been written
 _PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
 
 
@@ -46,6 +46,7 @@ def make_once(directory: Path, make: Callable[[Path], None]) -> Path:
     """Let the main process fill `directory`, committed in one step; nothing if it exists. Others wait."""
     state = PartialState()
     if state.is_main_process and not directory.exists():
+        remove_staging(directory)
         with staging_directory(directory) as staging, plain_loading():
             make(staging)
             commit_directory(staging, directory)
@@ -72,34 +73,13 @@ def measure_once(
     return json.loads(path.read_text())
 
 
-class _MarkComplete(TrainerCallback):
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-
-def last_complete_checkpoint(directory: Path) -> str | None:
-    """The newest Trainer checkpoint that was written to its end."""
-    found = [path.parent for path in directory.glob(f"checkpoint-*/{_COMPLETE}")]
-    return str(max(found, key=lambda path: int(path.name.rpartition("-")[2]))) if found else None
-
-
 def _train(trainer: Trainer, output: Path, save: Callable[[Path], None]) -> None:
     """Train from the last complete checkpoint, then commit what `save` writes as `output`."""
-    state = PartialState()
-    directory = Path(str(trainer.args.output_dir))
-    trainer.add_callback(_MarkComplete())
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(directory))
-    partial = output.with_name(f"{output.name}.partial")
-    if state.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    state.wait_for_everyone()
-    save(partial)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        commit_directory(partial, output)
-        shutil.rmtree(directory, ignore_errors=True)
-    state.wait_for_everyone()
+    train_resumably(trainer, own_directory=True)
+    save_whole(output, save)
+    if PartialState().is_main_process:
+        shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+    PartialState().wait_for_everyone()
 
 
 def supervise(
@@ -233,7 +213,6 @@ def stage_record(
 
 __all__ = [
     "distil",
-    "last_complete_checkpoint",
     "make_once",
     "measure_once",
     "stage_record",

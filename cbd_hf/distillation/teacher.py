@@ -1,4 +1,4 @@
-"""The live teacher: loading it, checking its vocabulary, placing it."""
+"""The live teacher: loading it and checking its vocabulary."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cbd_hf._trl import prepare_deepspeed
-
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_teacher(name_or_path: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """`AutoModelForCausalLM.from_pretrained` with `teacher_model_init_kwargs`, whose `dtype` may be a name."""
-    kwargs = dict(init_kwargs or {})
-    dtype = kwargs.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto":
-        kwargs["dtype"] = getattr(torch, dtype)
+def load_teacher(
+    name_or_path: str, init_kwargs: Any, trust_remote_code: bool, dtype: torch.dtype | str
+) -> PreTrainedModel:
+    """
+    `AutoModelForCausalLM.from_pretrained` with `teacher_model_init_kwargs`, whose `dtype` may be a name; `dtype` if
+    they have none.
+    """
+    kwargs = {"dtype": dtype} | dict(init_kwargs or {})
+    if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
+        kwargs["dtype"] = getattr(torch, kwargs["dtype"])
     return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
 
 
@@ -65,16 +66,4 @@ def check_same_vocabulary(
             )
 
 
-def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
-    """
-    Put the teacher, frozen and in evaluation mode, where the student trains: sharded like it under ZeRO-3, a copy on
-    each device otherwise.
-    """
-    teacher.requires_grad_(False)
-    teacher.eval()
-    if getattr(accelerator.state, "deepspeed_plugin", None) is not None:
-        return prepare_deepspeed(teacher, accelerator)
-    return teacher.to(accelerator.device)
-
-
-__all__ = ["check_same_vocabulary", "find_tokenizer", "load_teacher", "prepare_teacher"]
+__all__ = ["check_same_vocabulary", "find_tokenizer", "load_teacher"]

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 
 from cbd_hf import DistillationChain, StepwiseDistillationConfig
 from cbd_hf.distillation.builder import build_chain
+from cbd_hf.distillation.checkpoints import last_complete_checkpoint
 from cbd_hf.distillation.cutting import cut_config
 from cbd_hf.distillation.recipe import BuildArguments
-from cbd_hf.distillation.stages import last_complete_checkpoint
 
 from ..models import random_model, tiny_config, tiny_tokenizer, words
 

@@ -27,6 +27,7 @@ LAUNCHERS = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
 # Recipe -> module of its command and the dataclasses that its YAML file fills.
 DATACLASSES = {
     "build_chain": ("build", "BuildArguments", "StepwiseDistillationConfig"),
+    "cache_teacher": ("cache", "CacheArguments"),
     "evaluate": ("evaluate", "EvaluateArguments"),
     "finetune_dolly": ("finetune", "FinetuneArguments", "FinetuneConfig", "ModelConfig"),
     "init_from_chain": ("init", "InitArguments"),

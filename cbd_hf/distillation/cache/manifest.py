@@ -1,0 +1,325 @@
+"""cache.json: what a teacher cache holds and what it was made with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cbd_hf._files import atomic_write_text, canonical_digest, is_safe_relative, sha256_of
+
+
+MANIFEST = "cache.json"
+SCHEMA_VERSION = 1
+VARIANTS = ("top_k", "sampled")
+DTYPES = ("float16", "float32", "bfloat16")
+LARGEST_SAMPLE = 32767
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """
+    What is kept of the teacher's distribution at each supervised position.
+
+    Args:
+        variant (`str`, *optional*, defaults to `"top_k"`): `"top_k"`, the k most likely tokens and the mass of the
+            others; or `"sampled"`, tokens drawn from the teacher (arXiv 2503.16870), whose shares are unbiased.
+        k (`int`, *optional*, defaults to 64): tokens kept by `"top_k"`.
+        n_samples (`int`, *optional*, defaults to 64): draws, with replacement, of `"sampled"`.
+        seed (`int`, *optional*, defaults to 0): of the draws.
+        temperature (`float`, *optional*, defaults to 1.0): the teacher's; must be that of the loss.
+        dtype (`str`, *optional*, defaults to `"float16"`): of the log-probabilities; or `"float32"`, `"bfloat16"`.
+        hidden (`str`, *optional*): also keep the last hidden states, in this dtype.
+        vocab_size (`int`, *optional*): probabilities are over the first tokens only, for a student with fewer padding
+            rows than the teacher. By default over all rows of the teacher's head.
+        shard_rows (`int`, *optional*, defaults to 1024): rows of the dataset in one file.
+
+    Raises:
+        ValueError: an option is unknown or out of its range.
+    """
+
+    variant: str = "top_k"
+    k: int = 64
+    n_samples: int = 64
+    seed: int = 0
+    temperature: float = 1.0
+    dtype: str = "float16"
+    hidden: str | None = None
+    vocab_size: int | None = None
+    shard_rows: int = 1024
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant={self.variant!r} is unknown; choose one of {list(VARIANTS)}.")
+        if self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1 token per position.")
+        if not 1 <= self.n_samples <= LARGEST_SAMPLE:
+            raise ValueError(f"n_samples={self.n_samples} is outside 1 ... {LARGEST_SAMPLE}.")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise ValueError(f"temperature={self.temperature} must be greater than 0; 1 is the teacher's own.")
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"dtype={self.dtype!r} of the log-probabilities is unknown; choose one of {list(DTYPES)}."
+            )
+        if self.hidden is not None and self.hidden not in DTYPES:
+            raise ValueError(f"hidden={self.hidden!r} is unknown; choose one of {list(DTYPES)}, or leave it out.")
+        if self.vocab_size is not None and not self.k <= self.vocab_size and self.variant == "top_k":
+            raise ValueError(f"k={self.k} is more than the vocab_size of {self.vocab_size}; lower k.")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size={self.vocab_size} must be at least 1; leave it out for the teacher's.")
+        if self.shard_rows < 1:
+            raise ValueError(f"shard_rows={self.shard_rows} must be at least 1.")
+
+    @property
+    def width(self) -> int:
+        """Most tokens that are kept per position."""
+        return self.k if self.variant == "top_k" else self.n_samples
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """
+    Args:
+        name (`str`): as it was given.
+        sha256 (`str`): digest of the sha256 of its weight files.
+        dtype (`str`): of its weights while it ran.
+        vocab_size (`int`): rows of its head.
+        hidden_size (`int`): width of its hidden states.
+    """
+
+    name: str
+    sha256: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class DataRecord:
+    """
+    Args:
+        name (`str`): of the dataset.
+        digest (`str`): of its rows' keys, in order.
+        rows (`int`): rows, some of which may be alike and are kept once.
+        tokens (`int`): supervised positions in them.
+        complete (`bool`): whether all of them are cached.
+    """
+
+    name: str
+    digest: str
+    rows: int
+    tokens: int
+    complete: bool
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """
+    Args:
+        file (`str`): name in the cache's directory.
+        rows, tokens, bytes (`int`): rows of the dataset, supervised positions, size.
+        sha256 (`str`): of the file.
+    """
+
+    file: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class CacheManifest:
+    """
+    The content of cache.json.
+
+    Args:
+        settings ([`CacheSettings`]): what is kept.
+        teacher ([`TeacherRecord`]): whose predictions these are.
+        tokenizer_digest (`str`): of the vocabulary.
+        data (`list[DataRecord]`): datasets, in the order in which they were added.
+        shards (`list[ShardRecord]`): files, in the order of their rows.
+        packages (`dict[str, str]`): versions of what made it.
+    """
+
+    settings: CacheSettings
+    teacher: TeacherRecord
+    tokenizer_digest: str
+    data: list[DataRecord] = field(default_factory=list)
+    shards: list[ShardRecord] = field(default_factory=list)
+    packages: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Rows in the files."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Supervised positions in the files."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the files."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many tokens the probabilities are over."""
+        return self.settings.vocab_size or self.teacher.vocab_size
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes per supervised position."""
+        return self.bytes / max(1, self.tokens)
+
+    def differences(self, other: CacheManifest) -> list[str]:
+        """What another manifest was made with that this one was not, as `name: this, not that`."""
+        mine, others = self._made_with(), other._made_with()
+        return [f"{name}: {mine[name]}, not {others[name]}" for name in mine if mine[name] != others[name]]
+
+    def _made_with(self) -> dict[str, Any]:
+        settings = dataclasses.asdict(self.settings)
+        unused = {"top_k": ("n_samples", "seed"), "sampled": ("k",)}[self.settings.variant]
+        kept = {name: value for name, value in settings.items() if name not in unused}
+        teacher = {f"teacher {name}": value for name, value in dataclasses.asdict(self.teacher).items()}
+        del teacher["teacher name"]  # the same weights may lie elsewhere
+        return kept | teacher | {"tokenizer": self.tokenizer_digest}
+
+    def write(self, directory: Path) -> None:
+        """Write cache.json in one step."""
+        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        atomic_write_text(directory / MANIFEST, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    @classmethod
+    def read(cls, directory: Path) -> CacheManifest:
+        """
+        Read and check cache.json; the shards are not looked at.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it is of another version, lacks a field, or names files outside the directory.
+        """
+        path = directory / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{directory} is not a teacher cache: it has no {MANIFEST}. Give the output_dir of `cbd cache`."
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not valid JSON ({error}). Make or copy the cache again.") from error
+        found = content.get("schema_version") if isinstance(content, dict) else None
+        if found != SCHEMA_VERSION:
+            hint = "Upgrade cbd_hf." if isinstance(found, int) and found > SCHEMA_VERSION else "Make the cache again."
+            raise ValueError(f"{path} has schema_version {found}, but this cbd_hf reads {SCHEMA_VERSION}. {hint}")
+        lists = {"data": DataRecord, "shards": ShardRecord}
+        manifest = cls(
+            settings=_record(CacheSettings, content.get("settings"), f"{path}: settings"),
+            teacher=_record(TeacherRecord, content.get("teacher"), f"{path}: teacher"),
+            tokenizer_digest=str(content.get("tokenizer_digest")),
+            packages=dict(content.get("packages") or {}),
+            **{
+                name: [_record(kind, part, f"{path}: {name}[{i}]") for i, part in enumerate(content.get(name) or [])]
+                for name, kind in lists.items()
+            },
+        )
+        for shard in manifest.shards:
+            if not is_safe_relative(shard.file):
+                raise ValueError(
+                    f"{path}: the file name {shard.file!r} leaves the cache. Only relative paths without '..' are "
+                    "allowed; do not use a cache from a source that you do not trust."
+                )
+        return manifest
+
+    def check_shards(self, directory: Path, verify: str = "size") -> None:
+        """
+        Check that every shard is there and whole.
+
+        Args:
+            directory (`Path`): the cache's.
+            verify (`str`, *optional*, defaults to `"size"`): `"size"`, `"full"` (sha256 of every file) or `"none"`.
+
+        Raises:
+            ValueError: a shard is missing or broken, or `verify` is unknown.
+        """
+        if verify not in ("none", "size", "full"):
+            raise ValueError(f"verify={verify!r} is unknown; choose 'none', 'size' or 'full'.")
+        for shard in self.shards if verify != "none" else ():
+            path = directory / shard.file
+            if not path.is_file():
+                problem = "is missing"
+            elif path.stat().st_size != shard.bytes:
+                problem = f"has {path.stat().st_size} bytes instead of {shard.bytes}"
+            elif verify == "full" and sha256_of(path) != shard.sha256:
+                problem = "does not match its sha256"
+            else:
+                continue
+            raise ValueError(f"Shard {path} {problem}. Copy the cache again, or make it anew with `cbd cache`.")
+
+
+def _record(kind: Any, content: Any, where: str) -> Any:
+    """One dataclass of a JSON object with exactly its fields."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a JSON object, got {type(content).__name__}. Make the cache again.")
+    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
+    if types.keys() != content.keys():
+        wrong = sorted(types.keys() ^ content.keys())
+        raise ValueError(f"{where}: the field(s) {', '.join(wrong)} are missing or unknown. Make the cache again.")
+    allowed = {
+        "int": int,
+        "str": str,
+        "bool": bool,
+        "float": (int, float),
+        "str | None": (str, type(None)),
+        "int | None": (int, type(None)),
+    }
+    for name, value in content.items():
+        wanted: Any = allowed[types[name]]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+            raise ValueError(f"{where}: {name} is {value!r}, but must be a {types[name]}. Make the cache again.")
+        if wanted is int and name != "seed" and value < 0:
+            raise ValueError(f"{where}: {name} is {value}, but cannot be negative. Make the cache again.")
+    try:
+        return kind(**content)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def weights_digest(directory: str | os.PathLike[str]) -> str:
+    """
+    Digest of a checkpoint's weight files: of the sha256 of each, by name.
+
+    Raises:
+        ValueError: the directory has no .safetensors files.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} has no .safetensors files, by which a teacher is recognised. Convert it first.")
+    return canonical_digest({path.name: sha256_of(path) for path in files})
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's vocabulary, as in a chain's manifest."""
+    return canonical_digest(tokenizer.get_vocab())
+
+
+__all__ = [
+    "DTYPES",
+    "LARGEST_SAMPLE",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "VARIANTS",
+    "CacheManifest",
+    "CacheSettings",
+    "DataRecord",
+    "ShardRecord",
+    "TeacherRecord",
+    "tokenizer_digest",
+    "weights_digest",
+]

@@ -1,0 +1,105 @@
+"""Where the teacher's weights lie: whole on every device, a share on each, or in the CPU's memory."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import cpu_offload
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+PLACEMENTS = ("auto", "offload", "replicate", "shard")
+
+
+def choose_placement(placement: str, accelerator: Accelerator) -> str:
+    """
+    What `"auto"` means here: `"shard"` where the student's weights are sharded (ZeRO-3, FSDP), else `"replicate"`.
+
+    Raises:
+        ValueError: the placement is unknown, or impossible with the student's.
+    """
+    if placement not in PLACEMENTS:
+        raise ValueError(f"teacher_placement={placement!r} is unknown; choose one of {', '.join(PLACEMENTS)}.")
+    zero3 = _zero_stage(accelerator) == 3
+    sharded = zero3 or getattr(accelerator.state, "fsdp_plugin", None) is not None
+    if placement == "auto":
+        return "shard" if sharded else "replicate"
+    if placement == "replicate" and zero3:
+        raise ValueError(
+            "teacher_placement='replicate' is not possible under ZeRO-3, which shards every model that is loaded: "
+            "choose 'shard' or 'offload', or train under ZeRO-2."
+        )
+    return placement
+
+
+def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, placement: str = "auto") -> nn.Module:
+    """
+    Put the teacher, frozen and in evaluation mode, where it shall run.
+
+    Args:
+        teacher (`PreTrainedModel`): on the CPU, or as ZeRO-3 has loaded it.
+        accelerator (`Accelerator`): the student's.
+        placement (`str`, *optional*, defaults to `"auto"`): `"replicate"`: whole on every device; `"shard"`: an
+            n-th on each of n devices, by DeepSpeed under ZeRO-3 and by torch's `fully_shard` otherwise, and one layer
+            whole at a time; `"offload"`: in the CPU's memory, one layer on the device at a time; `"auto"`: see
+            [`choose_placement`].
+
+    Returns:
+        `nn.Module`: to be called in place of the teacher; its parameters are the teacher's.
+
+    Raises:
+        ValueError: see [`choose_placement`].
+    """
+    placement = choose_placement(placement, accelerator)
+    teacher.requires_grad_(False)
+    teacher.eval()
+    if _zero_stage(accelerator) == 3:
+        return _zero3(teacher, accelerator, offload=placement == "offload")
+    if placement == "offload":
+        if accelerator.device.type == "cpu":
+            return teacher  # it lies there already
+        return cpu_offload(teacher, execution_device=accelerator.device)
+    if placement == "shard" and accelerator.num_processes > 1:
+        return _fully_shard(teacher, accelerator)
+    return teacher.to(accelerator.device)  # type: ignore[arg-type]
+
+
+def _zero_stage(accelerator: Accelerator) -> int | None:
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return None if plugin is None else plugin.zero_stage
+
+
+def _zero3(teacher: PreTrainedModel, accelerator: Accelerator, offload: bool) -> nn.Module:
+    import deepspeed
+
+    config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):  # of training
+        config.pop(name, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    if offload:
+        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    engine, *_ = deepspeed.initialize(model=teacher, config=config)
+    engine.eval()
+    return engine
+
+
+def _fully_shard(teacher: Any, accelerator: Accelerator) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    blocks = set(teacher._no_split_modules or ())
+    for module in teacher.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)  # moves its share to the device
+    # Sharded again after the forward, which has no backward here: else embeddings and head would stay whole.
+    return fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
+
+
+__all__ = ["PLACEMENTS", "choose_placement", "place_teacher"]

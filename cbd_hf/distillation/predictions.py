@@ -1,0 +1,78 @@
+"""What a teacher says about the supervised positions of a batch, in full or in part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Head:
+    """
+    How a model turns hidden states into logits: `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`.
+
+    Args:
+        weight (`torch.Tensor`, *optional*): shape (vocab, hidden). `None`: the hidden states are the logits.
+        bias (`torch.Tensor`, *optional*): shape (vocab,).
+        scale (`float`, *optional*, defaults to 1.0): of the logits.
+        softcap (`float`, *optional*): of the logits.
+    """
+
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def open(self) -> AbstractContextManager[Head]:
+        """A context with this head; a sharded model has one of its own, which gathers the weights."""
+        return nullcontext(self)
+
+
+@dataclass(frozen=True)
+class DensePredictions:
+    """
+    The teacher's whole distributions, as the hidden states and the head that they come from.
+
+    Args:
+        hidden (`torch.Tensor`): any float dtype, shape (positions, teacher hidden).
+        open_head (`Callable`): makes a context with the teacher's [`Head`], whole if the teacher is sharded.
+        layers (`tuple[torch.Tensor, ...]`, *optional*): hidden states to match, each of shape (positions, teacher
+            hidden).
+        gathered (`Callable`, *optional*): makes a context in which a sharded head's weights are whole.
+    """
+
+    hidden: torch.Tensor
+    open_head: Callable[[], AbstractContextManager[Head]]
+    layers: tuple[torch.Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class SparsePredictions:
+    """
+    A part of the teacher's distributions, as a cache keeps it.
+
+    Args:
+        token_ids (`torch.Tensor`): int64, shape (positions, k).
+        log_probs (`torch.Tensor`): float32, shape (positions, k), of these tokens in the softmax over the vocabulary.
+        tail (`torch.Tensor`, *optional*): float32, shape (positions,), logarithm of the mass of all other tokens; for
+            the k most likely tokens.
+        weights (`torch.Tensor`, *optional*): float32, shape (positions, k), the share of each among the tokens that
+            were sampled from the teacher; 0 where there were fewer than k.
+        vocab (`int`, *optional*): entries of the teacher's softmax.
+        layers (`tuple[torch.Tensor, ...]`, *optional*): as in [`DensePredictions`].
+    """
+
+    token_ids: torch.Tensor
+    log_probs: torch.Tensor
+    tail: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    vocab: int | None = None
+    layers: tuple[torch.Tensor, ...] = ()
+
+
+Predictions = DensePredictions | SparsePredictions
+
+__all__ = ["DensePredictions", "Head", "Predictions", "SparsePredictions"]

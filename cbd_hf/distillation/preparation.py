@@ -1,0 +1,110 @@
+"""The rows that a trainer makes of a dataset, for whatever needs the same rows without a student."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer, get_training_chat_template
+
+from cbd_hf.distillation.columns import dataset_kind, supervise_turns
+
+
+def supervise_conversations(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    formatting_func: Callable[[dict], str] | None = None,
+) -> Dataset | IterableDataset:
+    """
+    A dataset of `messages` as `input_ids` and `labels` with every assistant turn supervised; any other unchanged.
+
+    `SFTTrainer` would supervise the user's turns too, or need `{% generation %}` markers in the template. With
+    `completion_only_loss=False` or `assistant_only_loss=True` it is left to do so.
+    """
+    columns = list(dataset.column_names or next(iter(dataset)))
+    kind = "text" if formatting_func else dataset_kind(columns, args.dataset_text_field)
+    if kind != "messages" or args.completion_only_loss is False or args.assistant_only_loss:
+        return dataset
+    options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
+    with args.main_process_first(desc="tokenizing conversations"):
+        return supervise_turns(dataset, tokenizer, **options)
+
+
+def prepare_rows(
+    dataset: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    formatting_func: Callable[[dict], str] | None = None,
+    name: str = "train",
+) -> Dataset | IterableDataset:
+    """
+    The rows that [`StepwiseDistillationTrainer`] trains on, made without a trainer.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): `text`, `prompt` and `completion`, `messages`, or `input_ids` with
+            `labels`.
+        tokenizer (`PreTrainedTokenizerBase`): the student's.
+        args (`SFTConfig`): the trainer's options. Those that matter here: `max_length`, `truncation_mode`, `packing`,
+            `packing_strategy`, `completion_only_loss`, `assistant_only_loss`, `dataset_text_field`, `eos_token`,
+            `chat_template_path` (a file), `shuffle_dataset` with `seed`, `dataset_num_proc` and `dataset_kwargs`.
+        formatting_func (`Callable`, *optional*): as in `SFTTrainer`.
+        name (`str`, *optional*, defaults to `"train"`): for the progress bars.
+
+    Returns:
+        `Dataset` or `IterableDataset`: with `input_ids` and `labels`, and `seq_lengths` where rows are packed whole.
+
+    Raises:
+        ValueError: the dataset has none of these columns, or an option does not suit it.
+    """
+    options: Any = args.dataset_kwargs or {}
+    if options.get("skip_prepare_dataset", False):
+        return dataset
+    sample: Any = next(iter(dataset), None)
+    if sample is None:
+        raise ValueError("The dataset has no rows. Choose another split, or raise the limit on documents.")
+    tokenizer = _adjusted(tokenizer, args)
+    rows = supervise_conversations(dataset, tokenizer, args, formatting_func)
+    only = args.completion_only_loss
+    # What SFTTrainer.__init__ leaves on the trainer for its _prepare_dataset, which uses nothing else of it.
+    trainer: Any = SimpleNamespace(
+        _tokenizer=tokenizer,
+        chat_template=_training_template(tokenizer) if args.assistant_only_loss else None,
+        completion_only_loss={"prompt", "completion"} <= set(sample) if only is None else only,
+    )
+    return SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, args.packing, formatting_func, name)
+
+
+def _adjusted(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
+    if args.eos_token is None and args.chat_template_path is None:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={args.eos_token!r} is not in the tokenizer's vocabulary.")
+        tokenizer.eos_token = args.eos_token
+    if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        if not path.is_file():
+            raise ValueError(
+                f"chat_template_path={args.chat_template_path} is not a file. A template cloned from another model "
+                "adds tokens to the student; save student and tokenizer with it first, and leave the option out."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A template with `{% generation %}` markers where the tokenizer's own has none."""
+    template: Any = tokenizer.chat_template
+    own: str = template.get("default", "") if isinstance(template, dict) else template or ""
+    return None if re.search(r"\{%-?\s*generation\s*-?%\}", own) else get_training_chat_template(tokenizer)
+
+
+__all__ = ["prepare_rows", "supervise_conversations"]

@@ -1,0 +1,300 @@
+"""
+The objective from hidden states, in tiles of positions: the logits of a batch never exist, neither the student's nor
+the teacher's.
+
+The gradient is computed with the value, tile by tile, so nothing is projected twice: one product with the teacher's
+head and three with the student's, where TRL's `ChunkedDivergenceFunction` takes six.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from cbd_hf.distillation.objectives import Objective
+from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
+
+
+# Logits of one tile: 32 MB in float32, which stays in a CPU's cache; on a GPU 512 MB, to fill it.
+_TILE_VALUES = {"cpu": 2**23}
+_TILE_VALUES_ELSEWHERE = 2**27
+_LEAST_LOG = -23.0  # 1e-10; a smaller tail has no say
+
+
+def tiled_loss(
+    hidden: torch.Tensor, head: Head, predictions: Predictions, labels: torch.Tensor, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The objective summed over positions; float32, whatever the models' dtype.
+
+    Args:
+        hidden (`torch.Tensor`): the student's, any float dtype, shape (positions, student hidden).
+        head ([`Head`]): the student's.
+        predictions ([`DensePredictions`] or [`SparsePredictions`]): the teacher's, for the same positions.
+            Vocabularies with different numbers of padding rows are cut to the shorter one. With `weights` (tokens
+            sampled from the teacher) only the forward KL divergence is defined.
+        labels (`torch.Tensor`): int64, shape (positions,): the next token of each position.
+        objective ([`Objective`]): what is summed.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sum, and the divergence's part of it without weight (without
+        gradient), float32 scalars. Gradients reach `hidden` and the head's weight and bias.
+    """
+    grad = torch.is_grad_enabled()
+    return _TiledLoss.apply(hidden, head.weight, head.bias, head, predictions, labels, objective, grad)
+
+
+class _TiledLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        head: Head,
+        predictions: Predictions,
+        labels: torch.Tensor,
+        objective: Objective,
+        grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
+        with torch.autocast(hidden.device.type, enabled=False):
+            total, divergence, ctx.gradients = _loss_and_gradients(
+                Head(weight, bias, head.scale, head.softcap), hidden, predictions, labels, objective, needs
+            )
+        ctx.mark_non_differentiable(divergence)
+        return total, divergence
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("The distillation loss has been differentiated already; it can be only once.")
+        return *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients), None, None, None, None, None
+
+
+class _Projection:
+    """A head's logits for a tile, and the way back; the matrix is converted once."""
+
+    def __init__(self, head: Head, vocab: int | None, dtype: torch.dtype) -> None:
+        self.head = head
+        self.weight = None
+        if head.weight is not None:
+            weight = head.weight.detach()[:vocab]
+            # float16 has too little range for unscaled gradients; a CPU would round products to the inputs' type.
+            self.low = weight.device.type == "cuda" and dtype == torch.bfloat16
+            self.weight = weight.to(torch.bfloat16 if self.low else torch.float32)
+        self.bias = None if head.bias is None else head.bias.detach()[:vocab].float()
+        self.vocab = vocab
+
+    def raw(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`hidden @ weight.T + bias` in float32."""
+        if self.weight is None:
+            logits = hidden[:, : self.vocab].float()
+            return logits.clone() if logits.data_ptr() == hidden.data_ptr() else logits
+        logits = self._product(hidden, self.weight.T)
+        return logits if self.bias is None else logits.add_(self.bias)
+
+    def scaled(self, raw: torch.Tensor) -> torch.Tensor:
+        """Scale and softcap of raw logits; differentiable."""
+        if self.head.scale != 1:
+            raw = raw * self.head.scale
+        if self.head.softcap is not None:
+            raw = torch.tanh(raw / self.head.softcap) * self.head.softcap
+        return raw
+
+    def to_hidden(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Gradient of the hidden states from that of raw logits; float32."""
+        return gradient if self.weight is None else self._product(gradient, self.weight)
+
+    def add_to_weight(self, total: torch.Tensor, gradient: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Add a tile's gradient of the matrix to `total`, float32."""
+        if self.low:
+            total[: self.vocab].add_(self._product(gradient.T, hidden))
+        else:
+            total[: self.vocab].addmm_(gradient.T, hidden.float())
+
+    def _product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        if self.low:
+            return torch.mm(left.bfloat16(), right.bfloat16(), out_dtype=torch.float32)
+        return left.float() @ right.float()
+
+
+def _rows(head: Head, hidden: torch.Tensor) -> int:
+    return hidden.shape[-1] if head.weight is None else head.weight.shape[0]
+
+
+def _vocab(own: int, predictions: Predictions, teacher: Head | None) -> int:
+    if isinstance(predictions, SparsePredictions):
+        theirs = predictions.vocab or own
+        if theirs > own:
+            raise ValueError(
+                f"The cached teacher predicts {theirs} tokens, but the student has {own}: build the cache with "
+                f"vocab_size={own}."
+            )
+        return theirs
+    assert teacher is not None
+    return min(own, _rows(teacher, predictions.hidden))
+
+
+def _working_dtype(hidden: torch.Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def _tiles(positions: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    size = max(1, _TILE_VALUES.get(device.type, _TILE_VALUES_ELSEWHERE) // vocab)
+    return (slice(start, start + size) for start in range(0, positions, size))
+
+
+def _loss_and_gradients(
+    head: Head,
+    hidden: torch.Tensor,
+    predictions: Predictions,
+    labels: torch.Tensor,
+    objective: Objective,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    if isinstance(predictions, DensePredictions):
+        with predictions.open_head() as teacher:
+            return _over_tiles(head, hidden, predictions, teacher, labels, objective, needs)
+    return _over_tiles(head, hidden, predictions, None, labels, objective, needs)
+
+
+def _over_tiles(
+    head: Head,
+    hidden: torch.Tensor,
+    predictions: Predictions,
+    teacher: Head | None,
+    labels: torch.Tensor,
+    objective: Objective,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    hidden = hidden.detach()
+    vocab = _vocab(_rows(head, hidden), predictions, teacher)
+    own = _Projection(head, vocab, _working_dtype(hidden))
+    theirs = None
+    if teacher is not None and objective.cross_entropy_weight < 1:
+        assert isinstance(predictions, DensePredictions)
+        theirs = _Projection(teacher, vocab, predictions.hidden.dtype)
+    gradients = [
+        torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
+        for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
+    ]
+    total = hidden.new_zeros((), dtype=torch.float32)
+    divergence = total.clone()
+    for rows in _tiles(hidden.shape[0], vocab, hidden.device):
+        raw = own.raw(hidden[rows]).requires_grad_(any(needs))
+        with torch.set_grad_enabled(any(needs)):
+            logits = own.scaled(raw)
+        if isinstance(predictions, SparsePredictions):
+            value, part, gradient = _sparse_tile(logits, predictions, rows, labels[rows], objective, any(needs))
+            if any(needs) and logits is not raw:
+                (gradient,) = torch.autograd.grad(logits, raw, gradient)
+        else:
+            with torch.no_grad():
+                target = None if theirs is None else theirs.scaled(theirs.raw(predictions.hidden[rows]))
+            with torch.set_grad_enabled(any(needs)):
+                value, part = _dense_tile(logits, target, labels[rows], objective)
+            gradient = torch.autograd.grad(value, raw)[0] if any(needs) else None
+        total += value.detach()
+        divergence += part
+        if gradient is None:
+            continue
+        del raw, logits
+        for_hidden, for_weight, for_bias = gradients
+        if for_hidden is not None:
+            for_hidden[rows, : None if own.weight is not None else vocab] = own.to_hidden(gradient)
+        if for_weight is not None:
+            own.add_to_weight(for_weight, gradient, hidden[rows])
+        if for_bias is not None:
+            for_bias[:vocab] += gradient.sum(0)
+    values = (hidden, head.weight, head.bias)
+    return total, divergence, [g if g is None else g.to(v.dtype) for g, v in zip(gradients, values, strict=True)]
+
+
+def _dense_tile(
+    logits: torch.Tensor, target: torch.Tensor | None, labels: torch.Tensor, objective: Objective
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The objective and the divergence of a tile; the first is differentiable by `logits`."""
+    weight, temperature = objective.cross_entropy_weight, objective.temperature
+    q = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+    total = part = logits.new_zeros(())
+    if target is not None:
+        p = F.log_softmax(target if temperature == 1 else target / temperature, dim=-1)
+        value = objective.divergence(q, p).sum()
+        total, part = (1 - weight) * value, value.detach()
+    if weight:
+        log_probs = q if temperature == 1 else F.log_softmax(logits, dim=-1)
+        total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")
+    return total, part
+
+
+@torch.no_grad()
+def _sparse_tile(
+    logits: torch.Tensor,
+    predictions: SparsePredictions,
+    rows: slice,
+    labels: torch.Tensor,
+    objective: Objective,
+    needs_gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    The objective, the divergence and the gradient of a tile's logits, by hand: the divergence sees k + 1 values a row.
+
+    With `u` the gradient of those (log-probabilities `l` of k tokens and of the rest), the gradient of the logits is
+    `q (u_rest / q_rest [not among the k] - sum u) + u [among the k]`.
+    """
+    weight, temperature = objective.cross_entropy_weight, objective.temperature
+    ids = predictions.token_ids[rows]
+    scaled = logits.detach() if temperature == 1 else logits.detach() / temperature
+    normaliser = scaled.logsumexp(-1, keepdim=True)
+    part, gradient, total = logits.new_zeros(()), None, logits.new_zeros(())
+    if weight < 1:
+        chosen = scaled.gather(-1, ids)
+        entries = [chosen - normaliser]
+        targets = [predictions.log_probs[rows]]
+        if predictions.tail is not None:
+            scaled = scaled.clone() if scaled.data_ptr() == logits.data_ptr() else scaled
+            rest = scaled.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True) - normaliser
+            scaled.scatter_(-1, ids, chosen)
+            entries.append(rest.clamp_(min=_LEAST_LOG))
+            targets.append(predictions.tail[rows, None].clamp(min=_LEAST_LOG))
+        log_q, log_p = torch.cat(entries, -1), torch.cat(targets, -1)
+        with torch.enable_grad():
+            log_q.requires_grad_(needs_gradient)
+            if predictions.weights is None:
+                value = objective.divergence(log_q, log_p).sum()
+            elif objective.name == "forward_kl":
+                value = (predictions.weights[rows] * (log_p - log_q)).sum() * temperature**2
+            else:
+                raise ValueError(
+                    f"objective={objective.name!r} cannot be estimated from tokens sampled from the teacher; "
+                    "forward_kl can. Choose it, or a cache of the top k."
+                )
+        part, total = value.detach(), (1 - weight) * value.detach()
+        if needs_gradient:
+            (u,) = torch.autograd.grad(value, log_q)
+            row = -u.sum(-1, keepdim=True)
+            q = (scaled - normaliser).exp_()
+            at_ids = u[:, : ids.shape[1]]
+            if predictions.tail is not None:
+                per_rest = u[:, -1:] * (-log_q.detach()[:, -1:]).exp()
+                at_ids = at_ids - q.gather(-1, ids) * per_rest
+                row = row + per_rest
+            gradient = q.mul_(row).scatter_add_(-1, ids, at_ids).mul_((1 - weight) / temperature)
+    if weight:
+        log_probs = F.log_softmax(logits.detach(), dim=-1)
+        total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")
+        if needs_gradient:
+            own = log_probs.exp_().scatter_add_(-1, labels[:, None], log_probs.new_full((len(labels), 1), -1.0))
+            gradient = own.mul_(weight) if gradient is None else gradient.add_(own, alpha=weight)
+    return total, part, gradient
+
+
+__all__ = ["tiled_loss"]
