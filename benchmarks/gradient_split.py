@@ -3,9 +3,9 @@ Largest relative difference between the gradient of one global batch computed wh
 
     python benchmarks/gradient_split.py
 
-For every objective, off- and on-policy: the gradient of 8 samples in one micro-batch, against every split into
-micro-batches and accumulation steps, in float32, as in tests/distillation/test_gradient_split.py (which adds two
-processes). Prints one line per mode: the largest over parameters of |a - b| / |a|.
+Off- and on-policy: the gradient of 8 samples in one micro-batch, against every split into micro-batches and
+accumulation steps, in float32, as in tests/distillation/test_gradient_split.py. Over processes and kinds of sharding:
+pytest -s tests/distributed/test_splits.py. Prints one line per mode: the largest over parameters of |a - b| / |a|.
 """
 
 from __future__ import annotations

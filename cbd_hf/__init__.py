@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from cbd_hf.chain import AdjacentPair, Anchor, DistillationChain
     from cbd_hf.distillation.builder import build_chain
     from cbd_hf.distillation.config import StepwiseDistillationConfig
+    from cbd_hf.distillation.minillm.config import MiniLLMConfig
+    from cbd_hf.distillation.minillm.trainer import MiniLLMTrainer
     from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
     from cbd_hf.modeling import CBDModel
     from cbd_hf.sizing import plan_config
@@ -22,6 +24,8 @@ _MODULES = {
     "Anchor": "cbd_hf.chain",
     "CBDModel": "cbd_hf.modeling",
     "DistillationChain": "cbd_hf.chain",
+    "MiniLLMConfig": "cbd_hf.distillation.minillm.config",
+    "MiniLLMTrainer": "cbd_hf.distillation.minillm.trainer",
     "StepwiseDistillationConfig": "cbd_hf.distillation.config",
     "StepwiseDistillationTrainer": "cbd_hf.distillation.trainer",
     "build_chain": "cbd_hf.distillation.builder",
@@ -46,6 +50,8 @@ __all__ = [
     "Anchor",
     "CBDModel",
     "DistillationChain",
+    "MiniLLMConfig",
+    "MiniLLMTrainer",
     "StepwiseDistillationConfig",
     "StepwiseDistillationTrainer",
     "build_chain",

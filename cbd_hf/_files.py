@@ -20,10 +20,15 @@ _BLOCK = 1 << 22
 _PROGRESS_FROM = 200 * 10**6
 _STAGING_MARK = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# Writers in other languages say it in words, and torch.save's only that something went wrong.
-_FULL_TEXTS = ("No space left on device", "Disk quota exceeded", "File too large")
-_TORCH_SAVE_TEXTS = ("PytorchStreamWriter", "inline_container")
-_NEARLY_FULL = 1 << 20
+# Writers in other languages say it in words, and torch.save's only that it could not write.
+_FULL_TEXTS = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "File too large",
+    "PytorchStreamWriter",
+    "iostream error",
+    "unexpected pos",
+)
 
 
 def sha256_of(path: str | Path) -> str:
@@ -103,7 +108,7 @@ def explain_full_disk(
     Raise what goes wrong inside for lack of space as one error that says where, and how much is free.
 
     Args:
-        directory (`str` or `Path`): what is being written below; the file changed last is named.
+        directory (`str` or `Path`): what is being written below; the file is named, or the last one that was begun.
         advice (`str`, *optional*): the message's last sentence.
 
     Raises:
@@ -114,36 +119,34 @@ def explain_full_disk(
     except DiskFullError:
         raise
     except Exception as error:
-        if not _is_full(error, Path(directory)):
+        if not _is_full(error):
             raise
         raise DiskFullError(errno.ENOSPC, f"{_describe_full(error, Path(directory))} {advice}") from error
 
 
-def _is_full(error: BaseException, directory: Path) -> bool:
-    chain: BaseException | None = error
-    while chain is not None:
-        text = str(chain)
-        if isinstance(chain, OSError) and chain.errno in _FULL or any(part in text for part in _FULL_TEXTS):
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL or any(text in str(error) for text in _FULL_TEXTS):
             return True
-        if any(part in text for part in _TORCH_SAVE_TEXTS) and _free(directory) < _NEARLY_FULL:
-            return True
-        chain = chain.__cause__ or chain.__context__
+        error = error.__cause__ or error.__context__
     return False
 
 
-def _free(directory: Path) -> int:
-    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
-
-
 def _describe_full(error: BaseException, directory: Path) -> str:
-    written = [(path.stat().st_mtime_ns, path) for path in directory.rglob("*") if path.is_file()]
+    existing = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    free = f"{shutil.disk_usage(existing).free:,} bytes are free there."
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
     named = getattr(error, "filename2", None) or getattr(error, "filename", None)
-    path = Path(os.fsdecode(named)) if named else max(written)[1] if written else directory
-    size = f" after {path.stat().st_size:,} bytes" if path.is_file() else ""
-    cause = error if isinstance(error, OSError) and error.strerror else None
-    reason = cause.strerror if cause else str(error).splitlines()[0]
-    return f"Writing {path} failed{size}: {reason}. {_free(directory):,} bytes are free there."
+    if named:
+        return f"Writing {os.fsdecode(named)} failed: {reason}. {free}"
+    written = [(path.stat().st_mtime_ns, path) for path in directory.rglob("*") if path.is_file()]
+    if not written:
+        return f"Writing into {directory} failed: {reason}. {free}"
+    last = max(written)[1]
+    return (
+        f"Writing into {last.parent} failed: {reason}. {free} The last file is {last.name}, of "
+        f"{last.stat().st_size:,} bytes."
+    )
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:

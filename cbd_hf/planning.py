@@ -303,7 +303,7 @@ def plan_sizes(
             sizes are checked before the first is planned.
     """
     workload = workload or Workload()
-    _check_positions(anchors[0], workload)
+    check_positions(anchors[0].config, workload.sequence_length, "sequence_length")
     wanted_sizes = list(sizes)
     for wanted in wanted_sizes:
         check_n_params(wanted, anchors[0].n_params, anchors[-1].n_params)
@@ -356,7 +356,7 @@ def plan_every_size(
     from tqdm.auto import tqdm
 
     workload = workload or Workload()
-    _check_positions(anchors[0], workload)
+    check_positions(anchors[0].config, workload.sequence_length, "sequence_length")
     if every is not None and every < 1:
         raise ValueError(f"every={every} must be at least 1: 1 keeps all sizes, 2 each second one.")
     if limit is not None and limit < len(anchors):
@@ -450,14 +450,14 @@ def _thin(candidates: Sequence[_Candidate], every: int | None, limit: int | None
     return sorted(chosen, key=lambda candidate: candidate.n_params)
 
 
-def _check_positions(anchor: PlanAnchor, workload: Workload) -> None:
-    """Learned positions end; rotary ones and biases go on, if not well."""
-    learned = any("position" in name or name.endswith("wpe.weight") for name in parameter_shapes(anchor.config))
-    positions = getattr(anchor.config.get_text_config(), "max_position_embeddings", None)
-    if learned and positions and workload.sequence_length > positions:
+def check_positions(config: PretrainedConfig, length: int, option: str) -> None:
+    """Raise a `ValueError` for more tokens than learned positions; rotary ones and biases go on, if not well."""
+    learned = any("position" in name or name.endswith("wpe.weight") for name in parameter_shapes(config))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if learned and positions and length > positions:
         raise ValueError(
-            f"sequence_length={workload.sequence_length:,} is longer than the {positions:,} learned positions of this "
-            f"{anchor.config.model_type}; choose 1 to {positions:,}."
+            f"{option}={length:,} is longer than the {positions:,} learned positions of this {config.model_type}; "
+            f"choose 1 to {positions:,}."
         )
 
 
@@ -501,6 +501,7 @@ __all__ = [
     "PlannedModel",
     "Workload",
     "cache_bytes",
+    "check_positions",
     "count_model",
     "forward_flops",
     "plan_anchors",

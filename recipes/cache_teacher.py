@@ -1,7 +1,7 @@
 """
 Run a teacher once over a dataset and keep its predictions, so that students are distilled without it.
 
-Hardware: whatever runs the teacher; N processes share the work. Disk: 262 bytes per supervised token with k = 64.
+Hardware: whatever runs the teacher; N processes share the work. Disk: 258 bytes per supervised token with k = 64.
 
     accelerate launch recipes/cache_teacher.py --config recipes/configs/cache_teacher.yaml \
         --teacher_model_name_or_path my-teacher --output_dir my-cache

@@ -2,9 +2,9 @@
 Run a teacher once over a dataset and keep its predictions, so that students are distilled without it.
 
 `top_k` keeps the k most likely tokens of each supervised position and the mass of the others, `sampled` tokens drawn
-from the teacher. Rows are recognised by their content: give the options that decide what a row is (max_length, packing,
-...) as for the training. Run the same command again after an interruption. docs/cache.md describes the files and what k
-costs.
+from the teacher. Rows are recognised by their content: give the options that decide what a row is (max_length,
+packing, ...) as for the training. Run the same command again after an interruption. docs/cache.md describes the files
+and what k costs.
 """
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.

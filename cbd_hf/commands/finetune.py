@@ -57,8 +57,8 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
     Fine-tune and save model and tokenizer in `config.output_dir`.
 
     The loss covers the completion only. With `model_config.use_peft` the adapter is saved, and the merged model beside
-    it if `args.merge_adapter` is set. All of it appears in `output_dir` at the end, at once; before that there are only
-    checkpoints (`save_steps`), of which `resume_from_checkpoint` takes the last one that was written to its end.
+    it if `args.merge_adapter` is set. They appear in `output_dir` at the end, when they are whole; before that there
+    are only checkpoints (`save_steps`), of which `resume_from_checkpoint` takes the last that was written to its end.
 
     Returns:
         `dict[str, float]`: the metrics of the training (`train_loss`, `train_runtime`, ...).

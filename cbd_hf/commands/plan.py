@@ -1,4 +1,7 @@
-"""`cbd plan`: what each size of a chain would be, before any is made. Only chain.json and configs are read."""
+"""
+`cbd plan`: what each size of a chain would be, and with `--train` what distilling the chain takes, before any is made.
+Only chain.json and configs are read.
+"""
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.
 
@@ -12,7 +15,10 @@ from cbd_hf.commands.arguments import chain_first
 
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from cbd_hf.planning import PlanAnchor, PlannedModel, Workload
+    from cbd_hf.training_memory import StageMemory, TrainingWorkload
 
 _FIGURES = (".png", ".pdf", ".svg")
 
@@ -26,6 +32,7 @@ class PlanArguments:
         chain (`str`, *optional*): directory or Hub id of a chain.
         configs (`str`, *optional*): config files, or directories that hold one, separated by commas.
         n_params (`str`, *optional*): sizes such as `138e6` or `138M`, separated by commas; by default all.
+        train (`bool`, *optional*, defaults to `False`): instead of sizes, the memory of each stage of distillation.
     """
 
     chain: str | None = field(
@@ -84,12 +91,67 @@ class PlanArguments:
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a chain on the Hub."})
+    train: bool = field(
+        default=False,
+        metadata={
+            "help": "Instead of sizes: memory per device of every stage of distillation. Each anchor is the teacher of "
+            "the next smaller one."
+        },
+    )
+    source: str | None = field(
+        default=None,
+        metadata={
+            "help": "With train: config file, or directory that holds one, of the model that the largest anchor is "
+            "distilled from. By default the source that the chain's recipe names, if it is here."
+        },
+    )
+    zero_stage: str = field(
+        default="0,2,3",
+        metadata={"help": "With train: 0 (one device, or DDP), 1, 2, 3, fsdp2; several separated by commas."},
+    )
+    world_size: str = field(
+        default="8", metadata={"help": "With train: number of devices; several separated by commas."}
+    )
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "With train: sequences of a device's micro-batch."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "With train: micro-batches of a step."})
+    max_length: int = field(default=1024, metadata={"help": "With train: tokens of a sequence, prompt and answer."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "With train: compute layers again in the backward pass, as builds do."}
+    )
+    teacher_placement: str = field(
+        default="auto",
+        metadata={
+            "help": "With train: where the teacher lies, as in a build. auto: shard under ZeRO-3 and FSDP2, else "
+            "replicate.",
+            "choices": ["auto", "offload", "replicate", "shard"],
+        },
+    )
+    teacher_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "With train: float32, bfloat16, float16 or auto (that of its config); by default what the student "
+            "computes in."
+        },
+    )
+    device: str = field(
+        default="cuda",
+        metadata={
+            "help": "With train: cpu or cuda. The loss has larger tiles on a GPU, and buffers count in full there.",
+            "choices": ["cpu", "cuda"],
+        },
+    )
 
     def __post_init__(self) -> None:
         if (self.chain is None) == (self.configs is None):
             raise ValueError("Give either a chain, its directory or Hub id, or configs, and not both.")
         if self.n_params is not None and (self.every is not None or self.limit is not None):
             raise ValueError("every and limit thin out the list of all sizes; leave them out with n_params.")
+        if self.train and (self.n_params is not None or self.every or self.limit or self.figure is not None):
+            raise ValueError("train plans the stages between anchors: leave out n_params, every, limit and figure.")
+        if self.source is not None and not self.train:
+            raise ValueError("source is the first stage's teacher: it needs train.")
         if self.figure is not None and Path(self.figure).suffix not in _FIGURES:
             raise ValueError(f"figure={self.figure!r} must end in {', '.join(_FIGURES[:-1])} or {_FIGURES[-1]}.")
         for option in ("json", "figure"):
@@ -111,21 +173,23 @@ def _listed(given: Any) -> list[str]:
     return [str(item).strip() for item in items if str(item).strip()]
 
 
-def run(args: PlanArguments) -> "list[PlannedModel]":
+def run(args: PlanArguments) -> "list[PlannedModel] | list[StageMemory]":
     """
-    Plan the sizes, print a table, and write the JSON file and the figure that are asked for.
+    Plan the sizes or stages, print a table, and write the JSON file and the figure that are asked for.
 
     Returns:
-        `list[PlannedModel]`: one per size; wanted sizes in their order, all sizes from the smallest.
+        `list[PlannedModel]`: one per size; wanted sizes in their order, all sizes from the smallest. With `train`
+        `list[StageMemory]`: one per stage, world size and ZeRO stage, in this order.
 
     Raises:
         FileNotFoundError: no such chain or config.
         FileExistsError: an output file exists; nothing was written.
         ValueError: a size outside the chain, or anchors that do not belong together.
     """
-    from cbd_hf._files import atomic_write_text
     from cbd_hf.planning import Workload, plan_every_size, plan_sizes
 
+    if args.train:
+        return _run_training(args)
     if args.n_params is not None and not args.sizes:
         raise ValueError(f"n_params={args.n_params!r} names no size; write 138e6 or 138M, or leave it out for all.")
     if args.figure is not None:
@@ -140,10 +204,7 @@ def run(args: PlanArguments) -> "list[PlannedModel]":
     else:
         models = plan_every_size(anchors, workload, every=args.every, limit=args.limit, progress=True)
     text = _json(models, anchors, workload)
-    print(text if args.json == "-" else format_plan(models, anchors, workload))
-    if args.json not in (None, "-"):
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(args.json, text + "\n")
+    _show(text, format_plan(models, anchors, workload), args.json)
     if args.figure is not None:
         from dataclasses import asdict
 
@@ -152,6 +213,81 @@ def run(args: PlanArguments) -> "list[PlannedModel]":
         Path(args.figure).parent.mkdir(parents=True, exist_ok=True)
         plot_plan([asdict(model) for model in models], [_described(anchor) for anchor in anchors], args.figure)
     return models
+
+
+def _show(text: str, table: str, json: str | None) -> None:
+    from cbd_hf._files import atomic_write_text
+
+    print(text if json == "-" else table)
+    if json is not None and json != "-":
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(json, text + "\n")
+
+
+def _run_training(args: PlanArguments) -> "list[StageMemory]":
+    import json
+    from dataclasses import asdict
+
+    from cbd_hf.training_memory import TrainingWorkload, check_divisions, predict_chain
+
+    stages, sizes = _listed(args.zero_stage), [_world_size(size) for size in _listed(args.world_size)]
+    options = {
+        name: getattr(args, name)
+        for name in (
+            "max_length",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "gradient_checkpointing",
+            "teacher_placement",
+            "teacher_dtype",
+            "device",
+        )
+    }
+    check_divisions(stages, sizes, TrainingWorkload(args.dtype or "float32", **options))
+    anchors = _chain_anchors(args.chain, args.revision) if args.chain is not None else _config_anchors(args.configs)
+    workload = TrainingWorkload(args.dtype or _common_dtype(anchors), **options)
+    configs = {anchor.name: anchor.config for anchor in reversed(anchors)}
+    configs = _source(args, anchors[-1]) | configs
+    memories = predict_chain(configs, workload, zero_stages=stages, world_sizes=sizes)
+    plan = {"workload": asdict(workload), "stages": [asdict(memory) for memory in memories]}
+    _show(json.dumps(plan, indent=2, allow_nan=False), format_training(memories, workload), args.json)
+    return memories
+
+
+def _world_size(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"world_size={text!r} must be a whole number of at least 1.")
+    return int(text)
+
+
+def _source(args: PlanArguments, largest: "PlanAnchor") -> "dict[str, PretrainedConfig]":
+    """The teacher of the largest anchor: as given, or as the chain's recipe names it, if its config is here."""
+    from transformers import AutoConfig
+
+    from cbd_hf._hub import local_directory
+    from cbd_hf._manifest import MANIFEST
+    from cbd_hf.chain import DistillationChain
+    from cbd_hf.families import check_same_family
+    from cbd_hf.layout import count_parameters
+
+    given = args.source
+    if given is None and args.chain is not None:
+        directory = local_directory(args.chain, what="Chain", allow_patterns=(MANIFEST,), revision=args.revision)
+        recipe = DistillationChain.from_pretrained(directory, verify=None).metadata.get("recipe")
+        named = recipe.get("source") if isinstance(recipe, dict) else None
+        given = named if isinstance(named, str) and (Path(named) / "config.json").is_file() else None
+    if given is None:
+        return {}
+    path = Path(given).expanduser()
+    if not (path / "config.json" if path.is_dir() else path).is_file():
+        raise FileNotFoundError(f"source: {given} is neither a config file nor a directory with a config.json.")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if count_parameters(config) <= largest.n_params:
+        if args.source is None:
+            return {}  # the source is the largest anchor itself
+        raise ValueError(f"source={given!r} is not larger than {largest.name}, the largest anchor.")
+    check_same_family(largest.config, config)
+    return {"source": config}
 
 
 def _chain_anchors(name: str, revision: str | None) -> "list[PlanAnchor]":
@@ -267,6 +403,45 @@ def _shown(models: "Sequence[PlannedModel]") -> list[dict[str, str]]:
     return rows
 
 
+def format_training(memories: "Sequence[StageMemory]", workload: "TrainingWorkload") -> str:
+    """Memory per device as a table for a terminal: one row per stage, world size and ZeRO stage."""
+    from cbd_hf.report.tables import format_table
+
+    columns = {
+        "student": ("student_weights", "gathered_weights", "autocast_copies"),
+        "gradients": ("gradients",),
+        "optimizer": ("optimizer",),
+        "teacher": ("teacher_weights", "teacher_activations"),
+        "activations": ("activations",),
+        "loss": ("loss",),
+        "buffers": ("communication",),
+    }
+    shown = {
+        name: [sum(memory.parts[part] for part in parts) for memory in memories] for name, parts in columns.items()
+    } | {"total": [memory.total for memory in memories]}
+    # One unit for all, so that a row adds up.
+    unit, totals = _column(shown["total"], 1024, _BYTES)
+    scale = 1024 ** _BYTES.index(unit)
+    rows = []
+    for index, memory in enumerate(memories):
+        row = {
+            "stage": f"{memory.teacher} -> {memory.student}",
+            "ZeRO": memory.zero_stage,
+            "devices": str(memory.world_size),
+        }
+        row |= {f"{name} {unit}": f"{values[index] / scale:,.2f}" for name, values in shown.items() if name != "total"}
+        rows.append(row | {f"total {unit}": totals[index], "most in": memory.phase})
+    checkpointing = "with" if workload.gradient_checkpointing else "without"
+    notes = (
+        f"Per device, at the moment of a step when it is most: {workload.per_device_train_batch_size} x "
+        f"{workload.max_length:,} tokens, {workload.dtype}, {checkpointing} gradient checkpointing, "
+        f"{workload.device}.\n"
+        "student: weights, gathered ones and autocast's copies; teacher: weights and activations. The framework "
+        "itself and fragmentation come on top."
+    )
+    return f"{format_table(rows)}\n{notes}"
+
+
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 _BYTES = ("B", "KiB", "MiB", "GiB", "TiB")
 
@@ -283,7 +458,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     Show what each size of a chain would be: shape, FLOPs per token, memory to serve and to train, alpha, neighbours.
 
-    Everything is computed from configs; no weights are needed. docs/planning.md has the formulas.
+    With --train: memory per device of each stage of distillation. Everything is computed from configs; no weights are
+    needed. docs/planning.md has the formulas.
     """
     import sys
 
@@ -302,4 +478,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args)
 
 
-__all__ = ["PlanArguments", "format_plan", "main", "run"]
+__all__ = ["PlanArguments", "format_plan", "format_training", "main", "run"]

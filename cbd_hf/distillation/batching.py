@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import pyarrow.compute as pc
 import torch
 from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
 from cbd_hf.distillation.columns import IGNORED
@@ -16,6 +16,8 @@ from cbd_hf.distillation.columns import IGNORED
 
 EXAMPLE_ID = "example_id"
 TEACHER_ROW = "teacher_row"
+BLANK = -1  # the example_id of a row that fills up a step and counts nothing
+TEACHER_PREFIX = "teacher_"  # of a batch's entries that come from a cache
 
 
 class CachedRows(Protocol):
@@ -30,10 +32,14 @@ class DistillationCollator:
     """
     Adds to a collator's batches which examples they are made of, and a cached teacher's predictions.
 
+    Blank rows are left out. A batch of nothing else is one row without labels.
+
     Args:
         collator (`Callable`): gets the examples without the columns `example_id` and `teacher_row`.
         cache (`CachedRows`, *optional*): read by `teacher_row`.
         multiple (`int`, *optional*): lengths of batches stay multiples of it.
+        trim (`bool`, *optional*, defaults to `True`): leave out columns from which nothing is learnt. Prompts that
+            answers are sampled to need them: a row of which `max_length` has cut the answer off has no labels.
     """
 
     def __init__(
@@ -41,21 +47,35 @@ class DistillationCollator:
         collator: Callable[[list[Any]], dict[str, Any]],
         cache: CachedRows | None = None,
         multiple: int | None = None,
+        trim: bool = True,
     ) -> None:
         self.collator = collator
         self.cache = cache
         self.multiple = multiple or 1
+        self.trim = trim
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        blank = all(example.get(EXAMPLE_ID) == BLANK for example in examples)
+        examples = examples[:1] if blank else [row for row in examples if row.get(EXAMPLE_ID) != BLANK]
         plain = [
             {name: value for name, value in example.items() if name not in (EXAMPLE_ID, TEACHER_ROW)}
             for example in examples
         ]
-        batch = trimmed(dict(self.collator(plain)), self.multiple)
+        batch = dict(self.collator(plain))
+        if blank:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        if self.trim:
+            batch = trimmed(batch, self.multiple)
         if EXAMPLE_ID in examples[0]:
             batch[EXAMPLE_ID] = torch.tensor([example[EXAMPLE_ID] for example in examples])
         if self.cache is not None:
-            batch |= self.cache.batch([example[TEACHER_ROW] for example in examples])
+            if TEACHER_ROW not in examples[0]:
+                raise ValueError(
+                    "These rows have not been looked up in the teacher's cache: give their dataset to the trainer as "
+                    "train_dataset or eval_dataset."
+                )
+            entries = self.cache.batch([example[TEACHER_ROW] for example in examples])
+            batch |= {name: value[:0] for name, value in entries.items()} if blank else entries
         return batch
 
 
@@ -74,13 +94,76 @@ def trimmed(batch: dict[str, Any], multiple: int = 1) -> dict[str, Any]:
     }
 
 
+def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
+    """
+    A padded batch as several, of at most `tokens` positions each (or of one row), with their own padding.
+
+    Args:
+        batch (`dict[str, Any]`): from a [`DistillationCollator`].
+        tokens (`int`): positions of a part, padding included.
+    """
+    labels = batch["labels"]
+    if "attention_mask" not in batch or labels.ndim != 2:
+        return [batch]
+    supervised = labels != IGNORED
+    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    lengths = (supervised * positions).amax(-1).clamp(min=2).tolist()
+    starts, width = [0], 0
+    for row, length in enumerate(lengths):
+        width = max(width, length)
+        if row > starts[-1] and (row + 1 - starts[-1]) * width > tokens:
+            starts.append(row)
+            width = length
+    bounds = [*zip(starts, [*starts[1:], len(lengths)], strict=True)]
+    cached = [0, *supervised[:, 1:].sum(-1).cumsum(0).tolist()]  # of the entries that lie one row behind the other
+
+    def part(name: str, value: Any, first: int, last: int) -> Any:
+        if name.startswith(TEACHER_PREFIX):
+            return value[cached[first] : cached[last]]
+        return value[first:last, : max(lengths[first:last])] if value.shape == labels.shape else value[first:last]
+
+    return [{name: part(name, value, *bound) for name, value in batch.items()} for bound in bounds]
+
+
 def number_examples(dataset: Dataset, teacher_rows: Sequence[int] | None = None) -> Dataset:
     """The dataset with a column `example_id`, and one `teacher_row` if rows of a cache are given."""
     columns = {EXAMPLE_ID: range(len(dataset))} | ({} if teacher_rows is None else {TEACHER_ROW: teacher_rows})
     for name, values in columns.items():
         if name in dataset.column_names:
             dataset = dataset.remove_columns(name)
-        dataset = dataset.add_column(name, list(values))  # type: ignore[arg-type]
+        dataset = dataset.add_column(name, list(values))
+    return dataset
+
+
+def is_blank(batch: dict[str, Any]) -> bool:
+    """Whether a batch from a [`DistillationCollator`] is of blank rows only."""
+    return EXAMPLE_ID in batch and bool((batch[EXAMPLE_ID] == BLANK).all())
+
+
+def with_blank_row(dataset: Dataset) -> Dataset:
+    """The dataset of [`number_examples`] with a blank row behind its last."""
+    blank = dataset.select([0]).remove_columns(EXAMPLE_ID).add_column(EXAMPLE_ID, [BLANK])
+    return concatenate_datasets([dataset, blank.cast(dataset.features)])
+
+
+def has_blank_row(dataset: Dataset) -> bool:
+    """Whether the dataset is from [`with_blank_row`]."""
+    return EXAMPLE_ID in dataset.column_names and dataset[-1][EXAMPLE_ID] == BLANK
+
+
+def numbered(dataset: Any, cache: Any = None) -> Any:
+    """
+    [`number_examples`] of whatever a trainer takes: `None` and streams as they are, a `dict` entry by entry.
+
+    Raises:
+        ValueError: rows are not in the cache, or cannot be looked up because they are a stream.
+    """
+    if isinstance(dataset, dict):
+        return {name: numbered(part, cache) for name, part in dataset.items()}
+    if isinstance(dataset, Dataset):
+        return number_examples(dataset, None if cache is None else cache.locate(dataset))
+    if dataset is not None and cache is not None:
+        raise ValueError("teacher_cache needs a dataset whose rows can be looked up first, not an iterable one.")
     return dataset
 
 
@@ -92,29 +175,49 @@ class StepSampler(Sampler[int]):
     one length and need little padding, and micro-batches that run side by side on several processes take about as
     long.
 
+    The end of an epoch is filled up with blank rows to what all processes take at once. accelerate would fill it up
+    with rows from the epoch's start, so that the last step would depend on the number of processes.
+
     Args:
         lengths (`Sequence[int]`): tokens of each row.
         step_size (`int`): rows of one optimizer step, on all processes.
         data_seed (`int`, *optional*): of the shuffling; by default torch's initial seed.
         shuffle (`bool`, *optional*, defaults to `True`): else rows are taken in order.
+        sort (`bool`, *optional*, defaults to `True`): by length.
+        multiple (`int`, *optional*, defaults to 1): rows that all processes take at once. Filled up with the row
+            behind the last, for [`with_blank_row`].
+        drop_last (`bool`, *optional*, defaults to `False`): leave out a step that is not whole.
     """
 
     def __init__(
-        self, lengths: Sequence[int], step_size: int, data_seed: int | None = None, shuffle: bool = True
+        self,
+        lengths: Sequence[int],
+        step_size: int,
+        data_seed: int | None = None,
+        shuffle: bool = True,
+        *,
+        sort: bool = True,
+        multiple: int = 1,
+        drop_last: bool = False,
     ) -> None:
         self.lengths = lengths
         self.step_size = step_size
+        self.sort = sort
+        self.rows = len(lengths) // step_size * step_size if drop_last else len(lengths)
+        self.blanks = -self.rows % multiple
         # accelerate's own sampler, so that a step has the rows that it would have without this one.
-        self.shuffled = SeedableRandomSampler(lengths, data_seed=data_seed) if shuffle else None  # type: ignore[arg-type]
+        self.shuffled = SeedableRandomSampler(lengths, data_seed=data_seed) if shuffle else None
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows + self.blanks
 
     def __iter__(self) -> Iterator[int]:
         order = list(range(len(self.lengths)) if self.shuffled is None else self.shuffled)
-        for start in range(0, len(order), self.step_size):
+        for start in range(0, self.rows, self.step_size):
+            step = order[start : start + self.step_size]
             # Long ones first: what does not fit in memory does not fit at once, and the heap is grown only once.
-            yield from sorted(order[start : start + self.step_size], key=lambda row: -self.lengths[row])
+            yield from sorted(step, key=lambda row: -self.lengths[row]) if self.sort else step
+        yield from [len(self.lengths)] * self.blanks
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffling of an epoch."""
@@ -131,11 +234,18 @@ def row_lengths(dataset: Dataset) -> list[int]:
 
 
 __all__ = [
+    "BLANK",
     "EXAMPLE_ID",
+    "TEACHER_PREFIX",
     "TEACHER_ROW",
     "DistillationCollator",
     "StepSampler",
+    "has_blank_row",
+    "is_blank",
     "number_examples",
+    "numbered",
     "row_lengths",
+    "split_batch",
     "trimmed",
+    "with_blank_row",
 ]

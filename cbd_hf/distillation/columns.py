@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
+    from cbd_hf.distillation.config import StepwiseDistillationConfig
+
 IGNORED = -100
 
 
@@ -32,6 +34,31 @@ def dataset_kind(columns: list[str], text_field: str = "text") -> str:
         "dataset_text_field names another column), 'prompt' and 'completion', 'messages', or 'input_ids' (with "
         "'labels'). Rename or map the columns first."
     )
+
+
+def check_datasets(args: StepwiseDistillationConfig, train: Any, evaluated: Any = None) -> None:
+    """
+    Raise unless datasets have columns that the options can work with.
+
+    Args:
+        args ([`StepwiseDistillationConfig`]): options.
+        train (`Dataset` or `IterableDataset`): as it is given.
+        evaluated (`Dataset`, `IterableDataset` or a `dict` of them, *optional*): likewise.
+
+    Raises:
+        ValueError: see [`dataset_kind`]; or on-policy steps are wanted, and there are no prompts to sample from.
+    """
+    for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
+        if dataset is None:
+            continue
+        kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
+        if kind == "text" and args.lmbda > 0:
+            raise ValueError(
+                f"lmbda={args.lmbda} samples answers to prompts, but the dataset is plain text. Use one with "
+                "'prompt' and 'completion' or 'messages', or set lmbda=0."
+            )
+    if args.lmbda > 0 and args.packing:
+        raise ValueError("packing joins several prompts in one row, so it cannot be used with lmbda > 0.")
 
 
 def tokenize_turns(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -80,4 +107,4 @@ def supervise_turns(
     )
 
 
-__all__ = ["IGNORED", "dataset_kind", "supervise_turns", "tokenize_turns"]
+__all__ = ["IGNORED", "check_datasets", "dataset_kind", "supervise_turns", "tokenize_turns"]

@@ -30,7 +30,7 @@ class LossGuard:
     It depends on nothing but the losses, so that all processes that are given the same ones raise together.
 
     Args:
-        factor (`float`, *optional*, defaults to 10.0): above 1; `None` or 0 looks for non-finite losses only.
+        factor (`float`, *optional*, defaults to 100.0): above 1; `None` or 0 looks for non-finite losses only.
         output_dir (`str` or `Path`, *optional*): where the trainer's checkpoints are, to name the last good one.
         window (`int`, *optional*, defaults to 50): how many accepted losses the median is of.
         warm_up (`int`, *optional*, defaults to 10): how many must have been accepted before one can explode.
@@ -42,7 +42,7 @@ class LossGuard:
 
     def __init__(
         self,
-        factor: float | None = 10.0,
+        factor: float | None = 100.0,
         output_dir: str | Path | None = None,
         *,
         window: int = 50,
@@ -50,7 +50,7 @@ class LossGuard:
         floor: float = 1.0,
     ) -> None:
         if factor and not factor > 1:
-            raise ValueError(f"factor={factor} must be above 1 (10 stops at ten times the median), or 0 for no limit.")
+            raise ValueError(f"factor={factor} must be above 1 (100: a hundred times the median), or 0 for no limit.")
         if not 1 <= warm_up <= window:
             raise ValueError(f"warm_up={warm_up} must be in [1, window], and window is {window}.")
         self.factor = factor
@@ -133,7 +133,7 @@ class LossGuard:
 def last_good(output_dir: str | Path | None, step: int) -> str:
     """Which checkpoint to go back to from a bad step, and what to do, as the end of an error message."""
     good = last_complete_checkpoint(output_dir, before=step) if output_dir is not None else None
-    where = f"Last good checkpoint: {good}." if good else "There is no good checkpoint yet (see save_steps)."
+    where = f"Last good checkpoint: {good}." if good else "There is no complete checkpoint yet (see save_steps)."
     return (
         f"{where}\nLower learning_rate (or lengthen the warm-up), or look at these examples and leave bad ones out of "
         f"the dataset; then {f'resume from {good}' if good else 'start again'}. If the loss was already bad at the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,7 @@ from cbd_hf.layout.miniature import miniature
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,9 @@ class Parts:
     def open_head(self) -> Iterator[Head]:
         """A context with the whole head, also of a model that is sharded or offloaded; outside of its forward."""
         module: Any = self.head
+        weights: list[Any] = [module.weight, getattr(module, "bias", None)]
         with (
-            maybe_gather_lm_head_ctx(module.weight, getattr(module, "bias", None)),
+            maybe_gather_lm_head_ctx(*weights),
             align_module_device(module),
             torch.no_grad(),
         ):
@@ -59,6 +60,13 @@ class Parts:
                 for value in (module.weight, getattr(module, "bias", None))
             )
             yield Head(weight, bias, self.scale, self.softcap)
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """The layers of a causal LM, also after `fully_shard` has given them classes of its own; by their class's name."""
+    base: Any = unwrapped(model)
+    names = set(base._no_split_modules or ())
+    return [module for module in base.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
 
 
 def unwrapped(model: Any) -> nn.Module:
@@ -70,7 +78,8 @@ def find_parts(model: nn.Module) -> Parts | None:
     """
     The parts of a causal LM; `None` if its logits are not known to be a head's product with hidden states.
 
-    Scale and softcap are read from the config and proved on a very small random model of the same architecture.
+    Scale and softcap are read from the config and proved on a very small random model of the same architecture; a
+    class with another forward than transformers' own for that config has none.
     """
     base: Any = unwrapped(model)
     head = base.get_output_embeddings()
@@ -81,18 +90,19 @@ def find_parts(model: nn.Module) -> Parts | None:
         return None
     if base.base_model is base:
         return None
-    found = _scale_and_softcap(base.config)
+    found = _scale_and_softcap(base)
     return None if found is None else Parts(base, base.base_model, head, *found)
 
 
 _proved: dict[str, tuple[float, float | None] | None] = {}
 
 
-def _scale_and_softcap(config: PretrainedConfig) -> tuple[float, float | None] | None:
-    key = canonical_digest([type(config).__qualname__, config.to_json_string()])
+def _scale_and_softcap(model: PreTrainedModel) -> tuple[float, float | None] | None:
+    config, forward = model.config, type(model).forward
+    key = canonical_digest([type(config).__qualname__, config.to_json_string(), repr(forward)])
     if key not in _proved:
         values = _read(config)
-        _proved[key] = values if _holds(config, *values) else None
+        _proved[key] = values if _holds(config, forward, *values) else None
     return _proved[key]
 
 
@@ -107,12 +117,14 @@ def _read(config: PretrainedConfig) -> tuple[float, float | None]:
     return 1.0 if scale is None else scale, getattr(text, "final_logit_softcapping", None)
 
 
-def _holds(config: PretrainedConfig, scale: float, softcap: float | None) -> bool:
+def _holds(config: PretrainedConfig, forward: Callable[..., Any], scale: float, softcap: float | None) -> bool:
     with torch.random.fork_rng(devices=[]), plain_loading(), torch.device("cpu"), torch.no_grad():
         torch.default_generator.manual_seed(0)
         try:
             small = miniature(config)
             model: Any = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+            if type(model).forward is not forward:
+                return False
             tokens = torch.arange(1, 7)[None]
             module = model.get_output_embeddings()
             module.weight.normal_(std=1.0)
@@ -145,4 +157,4 @@ def _depth(parts: Parts) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-__all__ = ["Parts", "find_parts", "run_backbone", "unwrapped"]
+__all__ = ["Parts", "decoder_layers", "find_parts", "run_backbone", "unwrapped"]

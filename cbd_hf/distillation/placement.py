@@ -9,6 +9,8 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 
+from cbd_hf.distillation.heads import decoder_layers
+
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,8 +49,8 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, placement:
         accelerator (`Accelerator`): the student's.
         placement (`str`, *optional*, defaults to `"auto"`): `"replicate"`: whole on every device; `"shard"`: an
             n-th on each of n devices, by DeepSpeed under ZeRO-3 and by torch's `fully_shard` otherwise, and one layer
-            whole at a time; `"offload"`: in the CPU's memory, one layer on the device at a time; `"auto"`: see
-            [`choose_placement`].
+            whole at a time (under ZeRO-3 up to two); `"offload"`: in the CPU's memory, one layer on the device at a
+            time; `"auto"`: see [`choose_placement`].
 
     Returns:
         `nn.Module`: to be called in place of the teacher; its parameters are the teacher's.
@@ -67,7 +69,7 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, placement:
         return cpu_offload(teacher, execution_device=accelerator.device)
     if placement == "shard" and accelerator.num_processes > 1:
         return _fully_shard(teacher, accelerator)
-    return teacher.to(accelerator.device)  # type: ignore[arg-type]
+    return teacher.to(accelerator.device)
 
 
 def _zero_stage(accelerator: Accelerator) -> int | None:
@@ -81,11 +83,21 @@ def _zero3(teacher: PreTrainedModel, accelerator: Accelerator, offload: bool) ->
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
     for name in ("optimizer", "scheduler"):  # of training
         config.pop(name, None)
-    config["zero_optimization"].pop("offload_optimizer", None)
+    zero = config["zero_optimization"]
+    zero.pop("offload_optimizer", None)
     if offload:
-        config["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    layer = max((sum(p.ds_numel for p in layer.parameters()) for layer in decoder_layers(teacher)), default=0)
+    # By default DeepSpeed keeps up to 10^9 parameters whole that it will need again, which here is in the next batch's
+    # forward, and gathers 5 * 10^7 ahead: all of a small teacher. Here a layer is released at once and one is gathered
+    # ahead.
+    zero |= {"stage3_max_reuse_distance": 0, "stage3_max_live_parameters": 2 * layer}
+    zero["stage3_prefetch_bucket_size"] = layer
     engine, *_ = deepspeed.initialize(model=teacher, config=config)
     engine.eval()
+    if offload:  # the shards lie where the training's own options have put them; gathering copies them to the device
+        for parameter in teacher.parameters():
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to("cpu")
     return engine
 
 
@@ -94,10 +106,13 @@ def _fully_shard(teacher: Any, accelerator: Accelerator) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = set(teacher._no_split_modules or ())
-    for module in teacher.modules():
-        if type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)  # moves its share to the device
+    embeddings, head = teacher.get_input_embeddings(), teacher.get_output_embeddings()
+    if head is not None and embeddings.weight is not head.weight:
+        # By themselves, not with all that is in no layer, which is whole while the layers run.
+        fully_shard(embeddings, mesh=mesh, reshard_after_forward=True)
+        fully_shard(head, mesh=mesh, reshard_after_forward=True)
+    for layer in decoder_layers(teacher):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)  # moves its share to the device
     # Sharded again after the forward, which has no backward here: else embeddings and head would stay whole.
     return fully_shard(teacher, mesh=mesh, reshard_after_forward=True)
 

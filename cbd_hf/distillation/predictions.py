@@ -41,7 +41,6 @@ class DensePredictions:
         open_head (`Callable`): makes a context with the teacher's [`Head`], whole if the teacher is sharded.
         layers (`tuple[torch.Tensor, ...]`, *optional*): hidden states to match, each of shape (positions, teacher
             hidden).
-        gathered (`Callable`, *optional*): makes a context in which a sharded head's weights are whole.
     """
 
     hidden: torch.Tensor

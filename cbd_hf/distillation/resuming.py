@@ -20,7 +20,7 @@ from cbd_hf.distillation.checkpoints import (
     rotate,
     unmark,
 )
-from cbd_hf.distillation.guards import LossError, LossGuard, last_good
+from cbd_hf.distillation.guards import LossError, last_good
 
 
 class _WholeCheckpoints(TrainerCallback):
@@ -30,9 +30,8 @@ class _WholeCheckpoints(TrainerCallback):
     Trainer deletes the older ones first, in which a kill can hit the only one that is whole.
     """
 
-    def __init__(self, limit: int | None, guard: LossGuard | None) -> None:
+    def __init__(self, limit: int | None) -> None:
         self.limit = limit
-        self.guard = guard
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         # As they were while the checkpoint was written; a finished training would write it once more.
@@ -59,8 +58,6 @@ class _WholeCheckpoints(TrainerCallback):
             )
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            if self.guard is not None:
-                self.guard.save(_path(args, state))
             mark_complete(_path(args, state))
             rotate(args.output_dir, self.limit, keep=state.best_model_checkpoint)
 
@@ -80,7 +77,7 @@ def train_resumably(trainer: Trainer, checkpoint: str | None = None, *, own_dire
     Train, from a checkpoint or from the start, with checkpoints of which a kill at any moment leaves one whole.
 
     Args:
-        trainer (`Trainer`): ready to train. If it has a `LossGuard`, that resumes as well.
+        trainer (`Trainer`): ready to train.
         checkpoint (`str`, *optional*): where to resume; see [`last_complete_checkpoint`].
         own_directory (`bool`, *optional*, defaults to `False`): `output_dir` belongs to this training alone: resume
             from its last complete checkpoint, and delete what is left of others.
@@ -97,10 +94,7 @@ def train_resumably(trainer: Trainer, checkpoint: str | None = None, *, own_dire
         if PartialState().is_main_process:
             remove_incomplete(directory)
         (checkpoint,) = broadcast_object_list([last_complete_checkpoint(directory)])
-    guard = getattr(trainer, "_guard", None)
-    if guard is not None and checkpoint is not None:
-        guard.load(checkpoint)
-    trainer.add_callback(_WholeCheckpoints(trainer.args.save_total_limit, guard))
+    trainer.add_callback(_WholeCheckpoints(trainer.args.save_total_limit))
     trainer.args.save_total_limit = None
     take = trainer.get_batch_samples
 

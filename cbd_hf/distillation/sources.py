@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cbd_hf._trl import ForwardRedirection
-from cbd_hf.distillation.heads import find_parts, run_backbone, unwrapped
+from cbd_hf.distillation.batching import TEACHER_PREFIX
+from cbd_hf.distillation.heads import decoder_layers, find_parts, run_backbone, unwrapped
 from cbd_hf.distillation.placement import place_teacher
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 
@@ -17,8 +18,6 @@ from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions,
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
-
-TEACHER_PREFIX = "teacher_"  # of a batch's entries that come from a cache
 
 
 class TeacherSource(ABC):
@@ -88,14 +87,15 @@ class LiveTeacher(TeacherSource):
         self, inputs: dict[str, torch.Tensor], chosen: torch.Tensor, cached: dict[str, torch.Tensor]
     ) -> Predictions:
         with self._no_grad(), self.accelerator.autocast():
-            if self.parts is None:
+            parts = self.parts
+            if parts is None:
                 logits = self.model(**inputs, use_cache=False).logits[chosen]
                 return DensePredictions(logits, Head().open)
             states = ForwardRedirection()(
-                self.model, self.parts.model, lambda **kwargs: run_backbone(self.parts, kwargs, self.layers), **inputs
+                self.model, parts.model, lambda **kwargs: run_backbone(parts, kwargs, self.layers), **inputs
             )
             last, *layers = (state[chosen] for state in states)
-        return DensePredictions(last, self.parts.open_head, tuple(layer.clone() for layer in layers))
+        return DensePredictions(last, parts.open_head, tuple(layer.clone() for layer in layers))
 
 
 class CachedTeacher(TeacherSource):
@@ -132,13 +132,13 @@ class CachedTeacher(TeacherSource):
 
 def compile_decoder_layers(model: Any) -> None:
     """`torch.compile` each decoder layer in place: they share one compilation, which a whole model's would not."""
-    base: Any = unwrapped(model)
-    blocks = set(base._no_split_modules or ())
-    layers = [module for module in base.modules() if type(module).__name__ in blocks]
+    layers = decoder_layers(model)
     if not layers:
-        raise ValueError(f"compile_layers=True, but {type(base).__name__} does not name its decoder layers.")
+        raise ValueError(
+            f"compile_layers=True, but {type(unwrapped(model)).__name__} does not name its decoder layers."
+        )
     for layer in layers:
         layer.compile()
 
 
-__all__ = ["TEACHER_PREFIX", "CachedTeacher", "LiveTeacher", "TeacherSource", "compile_decoder_layers"]
+__all__ = ["CachedTeacher", "LiveTeacher", "TeacherSource", "compile_decoder_layers"]

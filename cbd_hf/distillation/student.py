@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from cbd_hf._trl import ForwardRedirection
+from cbd_hf._trl import ForwardRedirection, disable_dropout_in_model
 from cbd_hf.distillation.heads import Parts, find_parts, run_backbone, unwrapped
 from cbd_hf.distillation.objectives import Objective
 from cbd_hf.distillation.predictions import Head, Predictions
 from cbd_hf.distillation.tiles import tiled_loss
 
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from cbd_hf.distillation.cache import TeacherCache
+    from cbd_hf.distillation.config import StepwiseDistillationConfig
 
 PROJECTION = "cbd_hidden_projection"  # of the student, while it is trained
 
@@ -60,9 +66,61 @@ class HiddenProjection(nn.Module):
     def forward(self, states: list[torch.Tensor]) -> list[torch.Tensor]:
         """Project one state per layer; shape (positions, student hidden) -> (positions, teacher hidden)."""
         return [
-            projection(state.to(projection.weight.dtype))
+            projection(state.to(next(projection.parameters()).dtype))
             for projection, state in zip(self.layers, states, strict=True)
         ]
+
+
+def add_projection(
+    model: Any,
+    args: StepwiseDistillationConfig,
+    teacher: PretrainedConfig | None,
+    cache: TeacherCache | None,
+    peft_config: Any = None,
+) -> tuple[list[int], list[int]]:
+    """
+    Give a student the [`HiddenProjection`] that the options ask for.
+
+    Args:
+        model (`PreTrainedModel`): the student, without an adapter.
+        args ([`StepwiseDistillationConfig`]): options.
+        teacher (`PretrainedConfig`, *optional*): of the teacher; not needed with a cache.
+        cache ([`TeacherCache`], *optional*): in place of the teacher.
+        peft_config (`PeftConfig`, *optional*): of the adapter to come; the projection is added to what it trains.
+
+    Returns:
+        `tuple[list[int], list[int]]`: the layers to match, of student and teacher, counted from 1.
+
+    Raises:
+        ValueError: there are no such layers, or the cache has not their hidden states.
+    """
+    if not args.hidden_loss_weight:
+        return [], []
+    if hasattr(model, "peft_config"):
+        raise ValueError("hidden_loss_weight needs the plain model: give the adapter as peft_config.")
+    config = model.config.get_text_config()
+    depth, layers = config.num_hidden_layers, args.hidden_loss_layers or [config.num_hidden_layers]
+    if not all(1 <= layer <= depth for layer in layers):
+        raise ValueError(f"hidden_loss_layers={layers} must be between 1 and {depth}, the student's layers.")
+    if cache is not None:
+        manifest = cache.manifest
+        width = manifest.teacher.hidden_size if manifest.settings.hidden else 0
+        if not width or layers != [depth]:
+            raise ValueError(
+                f"hidden_loss_layers={layers} are not in the cache {args.teacher_cache}: build it with hidden "
+                f"states, which are the last layer's, and match layer {depth} only."
+            )
+        matched = [depth]
+    else:
+        assert teacher is not None
+        other: Any = teacher.get_text_config()
+        width = other.hidden_size
+        matched = [max(1, round(layer * other.num_hidden_layers / depth)) for layer in layers]
+    projection = HiddenProjection(config.hidden_size, width, len(layers), args.seed)
+    model.add_module(PROJECTION, projection.to(model.device))
+    if peft_config is not None:  # else the adapter's wrapper would freeze it and not save it
+        peft_config.modules_to_save = [*(getattr(peft_config, "modules_to_save", None) or []), PROJECTION]
+    return list(layers), matched
 
 
 class StudentLoss:
@@ -86,6 +144,11 @@ class StudentLoss:
         self.layers = tuple(layers)
         self.hidden_weight = hidden_weight
         self.parts = find_parts(model)
+        if layers and self.parts is None:
+            raise ValueError(
+                "hidden_loss_weight cannot be used with this student: its hidden states are not known to be what its "
+                "head reads. A head among an adapter's modules_to_save is one reason."
+            )
 
     def __call__(
         self,
@@ -148,4 +211,13 @@ class StudentLoss:
         return torch.stack(distances).mean()
 
 
-__all__ = ["PROJECTION", "HiddenProjection", "LossParts", "StudentLoss"]
+def disable_dropout(model: nn.Module) -> None:
+    """Also what modules keep as a number and pass on, such as OPT's dropout and Llama's `attention_dropout`."""
+    disable_dropout_in_model(model)
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+__all__ = ["PROJECTION", "HiddenProjection", "LossParts", "StudentLoss", "add_projection", "disable_dropout"]

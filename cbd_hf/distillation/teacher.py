@@ -1,4 +1,4 @@
-"""The live teacher: loading it and checking its vocabulary."""
+"""Loading the models, and checking the teacher's vocabulary."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from cbd_hf.distillation.cache import TeacherCache
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from cbd_hf.distillation.config import StepwiseDistillationConfig
 
 
-def load_teacher(
+def load_model(
     name_or_path: str, init_kwargs: Any, trust_remote_code: bool, dtype: torch.dtype | str
 ) -> PreTrainedModel:
     """
-    `AutoModelForCausalLM.from_pretrained` with `teacher_model_init_kwargs`, whose `dtype` may be a name; `dtype` if
-    they have none.
+    `AutoModelForCausalLM.from_pretrained` with `model_init_kwargs` or `teacher_model_init_kwargs`, whose `dtype` may
+    be a name; `dtype` if they have none.
     """
     kwargs = {"dtype": dtype} | dict(init_kwargs or {})
     if isinstance(kwargs["dtype"], str) and kwargs["dtype"] != "auto":
@@ -40,12 +44,14 @@ def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
 
 def check_same_vocabulary(
     student: PreTrainedModel,
-    teacher: PreTrainedModel,
+    teacher: PreTrainedModel | int,
     tokenizer: PreTrainedTokenizerBase,
-    teacher_tokenizer: PreTrainedTokenizerBase | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
     """
     Raise unless both models read and write the same tokens. Numbers of padding rows behind them may differ.
+
+    `teacher` may be the number of tokens that a cache has predictions for; a student cannot have fewer rows.
 
     Raises:
         ValueError: another tokenizer, or one of the models has fewer rows than the tokenizer has tokens.
@@ -58,12 +64,39 @@ def check_same_vocabulary(
             "vocabulary; reach a source with another one by bridge distillation."
         )
     for role, model in (("student", student), ("teacher", teacher)):
-        rows = model.config.get_text_config().vocab_size
+        rows = model if isinstance(model, int) else model.config.get_text_config().vocab_size
         if rows <= max(vocabulary.values()):
             raise ValueError(
                 f"The {role} has vocab_size {rows} but the tokenizer has {len(vocabulary)} tokens, so they do not "
                 "belong together. Give the tokenizer that the models were trained with as processing_class."
             )
+    own = student.config.get_text_config().vocab_size
+    if isinstance(teacher, int) and teacher > own:
+        raise ValueError(
+            f"The cached teacher predicts {teacher} tokens, but the student has {own}: build the cache with "
+            f"vocab_size={own}."
+        )
 
 
-__all__ = ["check_same_vocabulary", "find_tokenizer", "load_teacher"]
+def config_of(teacher: PreTrainedModel | str | None, args: StepwiseDistillationConfig) -> PretrainedConfig | None:
+    """Of a teacher that will run."""
+    if args.teacher_cache or teacher is None:
+        return None
+    if isinstance(teacher, str):
+        return AutoConfig.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
+    return teacher.config
+
+
+def open_cache(
+    args: StepwiseDistillationConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel | str | None
+) -> TeacherCache | None:
+    """The cache that the options name, if it suits them; and a teacher's directory, if one is given as well."""
+    if not args.teacher_cache:
+        return None
+    cache = TeacherCache.from_pretrained(args.teacher_cache)
+    directory = teacher if isinstance(teacher, str) and Path(teacher).is_dir() else None
+    cache.check(tokenizer=tokenizer, temperature=args.temperature, objective=args.objective, teacher=directory)
+    return cache
+
+
+__all__ = ["check_same_vocabulary", "config_of", "find_tokenizer", "load_model", "open_cache"]

@@ -62,10 +62,12 @@ class _TiledLoss(torch.autograd.Function):
         grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
+        low = _multiplies_in_bfloat16(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             total, divergence, ctx.gradients = _loss_and_gradients(
-                Head(weight, bias, head.scale, head.softcap), hidden, predictions, labels, objective, needs
+                Head(weight, bias, head.scale, head.softcap), hidden, predictions, labels, objective, needs, low
             )
+        ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
         ctx.mark_non_differentiable(divergence)
         return total, divergence
 
@@ -75,19 +77,20 @@ class _TiledLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError("The distillation loss has been differentiated already; it can be only once.")
-        return *(g if g is None else g.mul_(scale.to(g.dtype)) for g in gradients), None, None, None, None, None
+        # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
+        scaled = (g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return *scaled, None, None, None, None, None
 
 
 class _Projection:
     """A head's logits for a tile, and the way back; the matrix is converted once."""
 
-    def __init__(self, head: Head, vocab: int | None, dtype: torch.dtype) -> None:
+    def __init__(self, head: Head, vocab: int | None, low: bool) -> None:
         self.head = head
         self.weight = None
+        self.low = low
         if head.weight is not None:
             weight = head.weight.detach()[:vocab]
-            # float16 has too little range for unscaled gradients; a CPU would round products to the inputs' type.
-            self.low = weight.device.type == "cuda" and dtype == torch.bfloat16
             self.weight = weight.to(torch.bfloat16 if self.low else torch.float32)
         self.bias = None if head.bias is None else head.bias.detach()[:vocab].float()
         self.vocab = vocab
@@ -142,9 +145,12 @@ def _vocab(own: int, predictions: Predictions, teacher: Head | None) -> int:
     return min(own, _rows(teacher, predictions.hidden))
 
 
-def _working_dtype(hidden: torch.Tensor) -> torch.dtype:
+def _multiplies_in_bfloat16(hidden: torch.Tensor) -> bool:
+    """Whether products take bfloat16 and add up in float32; to be asked inside the caller's autocast."""
     device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    # float16 has too little range for unscaled gradients; a CPU would round products to the inputs' type.
+    return device == "cuda" and dtype == torch.bfloat16
 
 
 def _tiles(positions: int, vocab: int, device: torch.device) -> Iterator[slice]:
@@ -159,11 +165,12 @@ def _loss_and_gradients(
     labels: torch.Tensor,
     objective: Objective,
     needs: tuple[bool, bool, bool],
+    low: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     if isinstance(predictions, DensePredictions):
         with predictions.open_head() as teacher:
-            return _over_tiles(head, hidden, predictions, teacher, labels, objective, needs)
-    return _over_tiles(head, hidden, predictions, None, labels, objective, needs)
+            return _over_tiles(head, hidden, predictions, teacher, labels, objective, needs, low)
+    return _over_tiles(head, hidden, predictions, None, labels, objective, needs, low)
 
 
 def _over_tiles(
@@ -174,14 +181,15 @@ def _over_tiles(
     labels: torch.Tensor,
     objective: Objective,
     needs: tuple[bool, bool, bool],
+    low: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     hidden = hidden.detach()
     vocab = _vocab(_rows(head, hidden), predictions, teacher)
-    own = _Projection(head, vocab, _working_dtype(hidden))
+    own = _Projection(head, vocab, low)
     theirs = None
     if teacher is not None and objective.cross_entropy_weight < 1:
         assert isinstance(predictions, DensePredictions)
-        theirs = _Projection(teacher, vocab, predictions.hidden.dtype)
+        theirs = _Projection(teacher, vocab, low or _multiplies_in_bfloat16(predictions.hidden))
     gradients = [
         torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
         for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
@@ -214,8 +222,7 @@ def _over_tiles(
             own.add_to_weight(for_weight, gradient, hidden[rows])
         if for_bias is not None:
             for_bias[:vocab] += gradient.sum(0)
-    values = (hidden, head.weight, head.bias)
-    return total, divergence, [g if g is None else g.to(v.dtype) for g, v in zip(gradients, values, strict=True)]
+    return total, divergence, gradients
 
 
 def _dense_tile(
@@ -283,11 +290,14 @@ def _sparse_tile(
             row = -u.sum(-1, keepdim=True)
             q = (scaled - normaliser).exp_()
             at_ids = u[:, : ids.shape[1]]
-            if predictions.tail is not None:
+            if predictions.tail is None:
+                gradient = q.mul_(row).scatter_add_(-1, ids, at_ids)
+            else:
                 per_rest = u[:, -1:] * (-log_q.detach()[:, -1:]).exp()
-                at_ids = at_ids - q.gather(-1, ids) * per_rest
-                row = row + per_rest
-            gradient = q.mul_(row).scatter_add_(-1, ids, at_ids).mul_((1 - weight) / temperature)
+                # Written over, not subtracted: where the student leaves little to the rest, `per_rest` is huge.
+                at_ids = at_ids + q.gather(-1, ids) * row
+                gradient = q.mul_(row + per_rest).scatter_(-1, ids, at_ids)
+            gradient.mul_((1 - weight) / temperature)
     if weight:
         log_probs = F.log_softmax(logits.detach(), dim=-1)
         total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")

@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
-from torch.utils.data import Sampler
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cbd_hf._loading import plain_loading
 from cbd_hf._trl import (
     DataCollatorForLanguageModeling,
     GKDTrainer,
-    disable_dropout_in_model,
     unwrap_model_for_generation,
 )
+from cbd_hf.distillation.anchors import write_anchor
 from cbd_hf.distillation.batching import (
+    BLANK,
     EXAMPLE_ID,
+    TEACHER_PREFIX,
     TEACHER_ROW,
     DistillationCollator,
     StepSampler,
-    number_examples,
+    has_blank_row,
+    is_blank,
+    numbered,
     row_lengths,
+    split_batch,
+    with_blank_row,
 )
-from cbd_hf.distillation.cache import TeacherCache
-from cbd_hf.distillation.columns import IGNORED, dataset_kind
+from cbd_hf.distillation.columns import IGNORED, check_datasets
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.guards import LossGuard
 from cbd_hf.distillation.on_policy import draw_on_policy, on_policy_examples, prompt_of, sample_completions
+from cbd_hf.distillation.packing import check_packing
 from cbd_hf.distillation.preparation import supervise_conversations
 from cbd_hf.distillation.sources import (
-    TEACHER_PREFIX,
     CachedTeacher,
     LiveTeacher,
     TeacherSource,
     compile_decoder_layers,
 )
-from cbd_hf.distillation.student import PROJECTION, HiddenProjection, LossParts, StudentLoss
-from cbd_hf.distillation.teacher import check_same_vocabulary, find_tokenizer, load_teacher
+from cbd_hf.distillation.student import LossParts, StudentLoss, add_projection, disable_dropout
+from cbd_hf.distillation.teacher import check_same_vocabulary, config_of, find_tokenizer, load_model, open_cache
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import EvalPrediction, TrainerCallback
+    from transformers.trainer_utils import EvalLoopOutput
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
@@ -113,17 +121,26 @@ class StepwiseDistillationTrainer(GKDTrainer):
             )
         if train_dataset is None:
             raise ValueError("train_dataset is required.")
-        self._check_datasets(args, train_dataset, eval_dataset, formatting_func)
+        if formatting_func is None:  # else it makes the text column itself
+            check_datasets(args, train_dataset, eval_dataset)
         student_path = model if isinstance(model, str) else model.config._name_or_path
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(student_path, trust_remote_code=args.trust_remote_code)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        self._cache = _open_cache(args, processing_class, teacher_model)
+        self._cache = open_cache(args, processing_class, teacher_model)
         if isinstance(model, str):
-            kwargs = dict(args.model_init_kwargs or {}) | {"trust_remote_code": args.trust_remote_code}
-            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
-        layers = self._prepare_hidden_loss(model, teacher_model, args, peft_config)
+            model = load_model(model, args.model_init_kwargs, args.trust_remote_code, torch.float32)
+        if getattr(peft_config, "is_prompt_learning", False):
+            raise ValueError(
+                f"peft_config of type {type(peft_config).__name__} learns prompts, which cannot be merged into an "
+                "anchor: use LoRA or another adapter of weights."
+            )
+        teacher_config = config_of(teacher_model, args)
+        if args.lmbda == 0 and data_collator is None:
+            check_packing(args, student=model.config, teacher=teacher_config)
+        peft_config = copy.deepcopy(peft_config)  # gets the projection
+        layers = add_projection(model, args, teacher_config, self._cache, peft_config)
         self._pads_right = data_collator is None
         if args.lmbda > 0 and data_collator is None:
             # Samples replace whole examples, which a padding-free collator could not take apart.
@@ -147,14 +164,24 @@ class StepwiseDistillationTrainer(GKDTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
-        self.data_collator = DistillationCollator(self.data_collator, self._cache, args.pad_to_multiple_of)
+        # Not in _prepare_dataset, which an option skips.
+        self.train_dataset = numbered(self.train_dataset, self._cache)
+        self.eval_dataset = numbered(self.eval_dataset, self._cache)
+        self.data_collator = DistillationCollator(
+            self.data_collator,
+            self._cache,
+            args.pad_to_multiple_of,  # type: ignore[arg-type]
+            trim=args.lmbda == 0,
+        )
         if args.disable_dropout:
-            disable_dropout_in_model(self.model)
+            disable_dropout(self.model)
         if self._cache is None:
             assert teacher_model is not None
             self.teacher = self._live_teacher(teacher_model, teacher_processing_class, layers[1])
         else:
-            self.teacher = CachedTeacher(self._cache.manifest.vocab_size, layers=layers[1])
+            vocab = self._cache.manifest.vocab_size
+            check_same_vocabulary(self.model, vocab, self.processing_class)
+            self.teacher = CachedTeacher(vocab, layers=layers[1])
         self.lmbda = args.lmbda
         self.temperature = args.temperature
         student = self.accelerator.unwrap_model(self.model)
@@ -162,75 +189,25 @@ class StepwiseDistillationTrainer(GKDTrainer):
         if args.compile_layers:
             compile_decoder_layers(student)
         self._sums: dict[str, torch.Tensor] = {}
+        self._tokens_per_pass = self._choose_tokens_per_pass()
+        self._guard = LossGuard(args.max_loss_ratio, args.output_dir)
+        self._step_loss: torch.Tensor | float = 0.0
+        self._step_examples: list[int] = []
 
-    def _prepare_hidden_loss(
-        self, model: Any, teacher: Any, args: StepwiseDistillationConfig, peft_config: PeftConfig | None
-    ) -> tuple[list[int], list[int]]:
-        """Give the student its projection; the layers to match, of student and teacher."""
-        if not args.hidden_loss_weight:
-            return [], []
-        config = model.config.get_text_config()
-        depth, layers = config.num_hidden_layers, args.hidden_loss_layers or [config.num_hidden_layers]
-        if not all(1 <= layer <= depth for layer in layers):
-            raise ValueError(f"hidden_loss_layers={layers} must be between 1 and {depth}, the student's layers.")
-        if self._cache is not None:
-            manifest = self._cache.manifest
-            width = manifest.teacher.hidden_size if manifest.settings.hidden else 0
-            if not width or layers != [depth]:
-                raise ValueError(
-                    f"hidden_loss_layers={layers} are not in the cache {args.teacher_cache}: build it with hidden "
-                    f"states, which are the last layer's, and match layer {depth} only."
-                )
-            matched = [depth]
-        else:
-            other: Any = AutoConfig.from_pretrained(teacher) if isinstance(teacher, str) else teacher.config
-            other = other.get_text_config()
-            width = other.hidden_size
-            matched = [max(1, round(layer * other.num_hidden_layers / depth)) for layer in layers]
-        projection = HiddenProjection(config.hidden_size, width, len(layers), args.seed)
-        model.add_module(PROJECTION, projection.to(model.device))
-        if peft_config is not None:  # else the adapter's wrapper would freeze it and not save it
-            peft_config.modules_to_save = [*(getattr(peft_config, "modules_to_save", None) or []), PROJECTION]
-        return list(layers), matched
-
-    def _live_teacher(
-        self, teacher: PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None, layers: list[int]
-    ) -> LiveTeacher:
+    def _live_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase | None, layers: list[int]) -> LiveTeacher:
         args = self.args
         if isinstance(teacher, str):
             path: str | None = teacher
             dtype = args.teacher_torch_dtype()
-            teacher = load_teacher(teacher, args.teacher_model_init_kwargs, args.trust_remote_code, dtype)
+            teacher = load_model(teacher, args.teacher_model_init_kwargs, args.trust_remote_code, dtype)
         else:
             path = teacher.config._name_or_path
             if args.teacher_model_init_kwargs:
                 raise ValueError("teacher_model_init_kwargs only applies to a teacher given by path or Hub id.")
             if args.teacher_dtype not in (None, "auto"):
-                teacher = teacher.to(args.teacher_torch_dtype())  # type: ignore[arg-type]
+                teacher = teacher.to(args.teacher_torch_dtype())
         check_same_vocabulary(self.model, teacher, self.processing_class, tokenizer or find_tokenizer(path))
         return LiveTeacher(teacher, self.accelerator, args.teacher_placement, layers, args.compile_layers)
-
-    @staticmethod
-    def _check_datasets(
-        args: StepwiseDistillationConfig,
-        train_dataset: AnyDataset,
-        eval_dataset: AnyDataset | dict[str, AnyDataset] | None,
-        formatting_func: Callable[[dict], str] | None,
-    ) -> None:
-        if formatting_func is not None:
-            return  # makes the text column itself
-        evaluated = eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset]
-        for dataset in (train_dataset, *evaluated):
-            if dataset is None:
-                continue
-            kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
-            if kind == "text" and args.lmbda > 0:
-                raise ValueError(
-                    f"lmbda={args.lmbda} samples answers to prompts, but the dataset is plain text. Use one with "
-                    "'prompt' and 'completion' or 'messages', or set lmbda=0."
-                )
-        if args.lmbda > 0 and args.packing:
-            raise ValueError("packing joins several prompts in one row, so it cannot be used with lmbda > 0.")
 
     def _prepare_dataset(
         self,
@@ -242,29 +219,47 @@ class StepwiseDistillationTrainer(GKDTrainer):
         dataset_name: str,
     ) -> AnyDataset:
         dataset = supervise_conversations(dataset, processing_class, args, formatting_func)
-        dataset = super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
-        if isinstance(dataset, IterableDataset):
-            if self._cache is not None:
-                raise ValueError(
-                    "teacher_cache needs a dataset whose rows can be looked up first, not an iterable one."
-                )
-            return dataset
-        return number_examples(dataset, None if self._cache is None else self._cache.locate(dataset))
+        return super()._prepare_dataset(dataset, processing_class, args, packing, formatting_func, dataset_name)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, EXAMPLE_ID, TEACHER_ROW]))
+        columns: Any = self._signature_columns
+        self._signature_columns: Any = list(dict.fromkeys([*columns, EXAMPLE_ID, TEACHER_ROW]))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         args = self.args
         dataset = self.train_dataset if train_dataset is None else train_dataset
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         strategy = args.train_sampling_strategy
-        sortable = isinstance(dataset, Dataset) and strategy in ("random", "sequential")
-        if not args.sort_steps_by_length or not sortable or step_size == args.train_batch_size:
+        if not self._fills_steps(dataset):
             return super()._get_train_sampler(train_dataset)
-        data_seed = args.seed if args.data_seed is None else args.data_seed
-        return StepSampler(row_lengths(dataset), step_size, data_seed, shuffle=strategy == "random")
+        lengths = row_lengths(dataset)
+        if has_blank_row(dataset):
+            lengths = lengths[:-1]
+        if args.dataloader_drop_last and len(lengths) < step_size:
+            raise ValueError(
+                f"dataloader_drop_last=True leaves nothing of {len(lengths)} rows, which are less than a step of "
+                f"{step_size}: lower per_device_train_batch_size or gradient_accumulation_steps."
+            )
+        return StepSampler(
+            lengths,
+            step_size,
+            args.seed if args.data_seed is None else args.data_seed,
+            shuffle=strategy == "random",
+            sort=args.sort_steps_by_length,
+            multiple=args.train_batch_size * args.world_size if has_blank_row(dataset) else 1,
+            drop_last=args.dataloader_drop_last,
+        )
+
+    def _fills_steps(self, dataset: Any) -> bool:
+        return isinstance(dataset, Dataset) and self.args.train_sampling_strategy in ("random", "sequential")
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        taken = self.args.train_batch_size * self.args.world_size  # at once
+        uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
+        if kwargs.get("is_training") and self._fills_steps(dataset) and uneven and len(dataset) % taken:
+            dataset = with_blank_row(dataset)
+        return super()._get_dataloader(dataset, *args, **kwargs)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
@@ -275,11 +270,24 @@ class StepwiseDistillationTrainer(GKDTrainer):
             return batches, None
         if draw_on_policy(self.lmbda, self.args.seed, self.state.global_step):
             batches = self._sample_batches(batches)
+        self._step_loss = 0.0
+        self._step_examples = [
+            example
+            for batch in batches
+            for example in batch.get(EXAMPLE_ID, torch.empty(0)).tolist()
+            if example != BLANK
+        ]
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             tokens = self.accelerator.reduce(tokens, "sum")
         tokens = tokens / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())  # ranks with the same batch
         return batches, tokens.clamp(min=1)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if is_blank(inputs):  # not left out: processes count together
+            names = ("input_ids", "attention_mask")
+            inputs = {name: inputs[name][:, :0] for name in names if name in inputs}
+        super()._track_num_input_tokens(inputs)
 
     def _sample_batches(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """The same micro-batches with each answer replaced by one that the student sampled."""
@@ -317,6 +325,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
                 sampled.append(self.data_collator(on_policy_examples(rows, completions)))
                 if EXAMPLE_ID in batch:
                     sampled[-1][EXAMPLE_ID] = batch[EXAMPLE_ID]
+                if is_blank(batch):  # drawn all the same, since processes must generate equally often
+                    sampled[-1]["labels"].fill_(IGNORED)
             student.train()
         return [self._prepare_inputs(batch) for batch in sampled]
 
@@ -324,7 +334,31 @@ class StepwiseDistillationTrainer(GKDTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """One micro-batch. Not GKDTrainer's, which would sample again, after the tokens have been counted."""
-        return super(GKDTrainer, self).training_step(model, inputs, num_items_in_batch)
+        run = super(GKDTrainer, self).training_step
+        if not self._tokens_per_pass:
+            return run(model, inputs, num_items_in_batch)
+        *first, last = split_batch(self._prepare_inputs(inputs), self._tokens_per_pass)
+        gradients = self.accelerator.gradient_state
+        synchronize, loss = gradients.sync_gradients, torch.zeros((), device=self.args.device)
+        gradients._set_sync_gradients(False)
+        for part in first:
+            with self.accelerator.no_sync(model):
+                loss += run(model, part, num_items_in_batch)
+        gradients._set_sync_gradients(synchronize)
+        return loss + run(model, last, num_items_in_batch)
+
+    def _choose_tokens_per_pass(self) -> int:
+        tokens = self.args.tokens_per_pass
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        if tokens and sharded:
+            # Processes would reduce their gradients different numbers of times.
+            raise ValueError(
+                f"tokens_per_pass={tokens} is not possible where gradients are sharded (DeepSpeed, FSDP): lower "
+                "per_device_train_batch_size and raise gradient_accumulation_steps, which has the same gradient."
+            )
+        if tokens is None:
+            return 2048 if self.args.device.type == "cpu" and not sharded else 0
+        return tokens
 
     def compute_loss(
         self,
@@ -339,9 +373,11 @@ class StepwiseDistillationTrainer(GKDTrainer):
         With several processes the loss is multiplied by their number, since their gradients are averaged.
         """
         inputs = dict(inputs)
+        blank = is_blank(inputs)
         labels, _ = inputs.pop("labels"), inputs.pop(EXAMPLE_ID, None)
         cached = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_PREFIX)}
         seen = inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        seen = 0 if blank else seen
         if self._pads_right and "attention_mask" in inputs:
             # Behind the last token, where no other looks under causal attention: kernels are faster without a mask.
             del inputs["attention_mask"]
@@ -357,15 +393,58 @@ class StepwiseDistillationTrainer(GKDTrainer):
         else:
             loss = parts.total / num_items_in_batch * (self.accelerator.num_processes // self.get_tp_size())
         self._count(parts, tokens, seen)
+        if self.model.training:
+            self._watch(loss.detach())
         if not return_outputs:
             return loss
         with torch.no_grad():
             return loss, model(**inputs, use_cache=False)
 
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As in `Trainer`, with the loss per supervised token: not the mean of the batches' means."""
+        self._sums.pop("eval", None)  # of predict(), which logs nothing
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if output.metrics is not None and "eval" in self._sums:
+            total, _, _, tokens, _ = self.accelerator.reduce(self._sums["eval"], "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
+        return output
+
+    def _watch(self, loss: torch.Tensor) -> None:
+        """Stop at a bad loss of the whole step, before its last backward and so before the weights change."""
+        self._step_loss += loss
+        if self.accelerator.sync_gradients:
+            step_loss = self.accelerator.reduce(self._step_loss, "mean")
+            # Of all processes: what is listed are the rows of the global batch.
+            examples = gather_object(self._step_examples)
+            self._guard.check(step_loss.item(), self.state.global_step + 1, examples)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not self.args.fp16:  # the loss scaler of fp16 skips what overflows
+            self._guard.check_gradient(norm)
+        return norm
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self._guard.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._guard.load(checkpoint)
+
     def _count(self, parts: LossParts, tokens: int, seen: torch.Tensor | int) -> None:
         """Add to the sums that the next log divides; kept on the device until then."""
         mode = "train" if self.model.training else "eval"
-        values = [parts.divergence, parts.hidden, torch.tensor(tokens), torch.as_tensor(seen)]
+        values = [parts.total.detach(), parts.divergence, parts.hidden, torch.tensor(tokens), torch.as_tensor(seen)]
         sums = torch.stack([value.to(self.accelerator.device, torch.float32) for value in values])
         self._sums[mode] = self._sums.get(mode, 0) + sums.to(_summing_dtype(sums.device))
 
@@ -374,7 +453,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
         mode = "train" if self.model.training else "eval"
         sums = self._sums.pop(mode, None)
         if sums is not None:
-            divergence, hidden, tokens, seen = self.accelerator.reduce(sums, "sum").tolist()
+            _, divergence, hidden, tokens, seen = self.accelerator.reduce(sums, "sum").tolist()
             metrics = self._metrics[mode]
             if self.args.cross_entropy_weight < 1:
                 metrics["divergence"] = [divergence / max(tokens, 1)]
@@ -394,37 +473,10 @@ class StepwiseDistillationTrainer(GKDTrainer):
         """
         student = self.accelerator.unwrap_model(self.model)
         state = self.accelerator.get_state_dict(self.model_wrapped)
-        state = {name: value for name, value in state.items() if PROJECTION not in name}
         if self.accelerator.is_main_process:
-            config = type(student.config).from_dict(student.config.to_dict() | {"use_cache": True})
-            with plain_loading():
-                base: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
-            base.generation_config = student.generation_config
-            if hasattr(student, "peft_config"):
-                from peft import get_peft_model
-
-                merged: Any = get_peft_model(base, student.active_peft_config, autocast_adapter_dtype=False)
-                merged.load_state_dict(state)
-                base = merged.merge_and_unload()
-            else:
-                loaded = base.load_state_dict(state, strict=False)  # a tied head may be missing, nothing else
-                missing = {name for name, _ in base.named_parameters()} & set(loaded.missing_keys)
-                if missing or loaded.unexpected_keys:
-                    raise RuntimeError(f"Gathering the student lost {missing} and added {loaded.unexpected_keys}.")
-            base.save_pretrained(output_dir)
+            write_anchor(student, state, output_dir)
             self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
-
-
-def _open_cache(
-    args: StepwiseDistillationConfig, tokenizer: PreTrainedTokenizerBase, teacher: PreTrainedModel | str | None
-) -> TeacherCache | None:
-    if not args.teacher_cache:
-        return None
-    cache = TeacherCache.from_pretrained(args.teacher_cache)
-    directory = teacher if isinstance(teacher, str) and Path(teacher).is_dir() else None
-    cache.check(tokenizer=tokenizer, temperature=args.temperature, objective=args.objective, teacher=directory)
-    return cache
 
 
 def _summing_dtype(device: torch.device) -> torch.dtype:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hf.commands.finetune import FinetuneConfig, main
+from cbd_hf.distillation import resuming
+from cbd_hf.distillation.checkpoints import COMPLETE
 
 from ..test_clients import SENTENCES, make_target, write_lines
 
@@ -65,6 +67,27 @@ def test_resumes(files: Path, tmp_path: Path) -> None:
     more = ["--max_steps", "4", "--resume_from_checkpoint", "true"]
     main([*command(files, output), *saving, *more])
     assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_resumes_only_from_what_is_whole(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"]
+    main([*command(files, tmp_path / "whole"), *saving])
+    output = tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(resuming, "save_whole", lambda *args, **kwargs: None)  # killed before the result is saved
+        main([*command(files, output), *saving])
+    assert {path.name for path in output.iterdir()} == {"checkpoint-2", "checkpoint-3", "README.md"}
+    torn = output / "checkpoint-3" / "optimizer.pt"
+    torn.write_bytes(torn.read_bytes()[:100])
+    resumed = [*command(files, output), *saving, "--resume_from_checkpoint", "true"]
+    for _ in range(2):  # the second time there is nothing left to train
+        main(resumed)
+        one, other = (load_file(path / "model.safetensors") for path in (tmp_path / "whole", output))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for checkpoint in output.glob("checkpoint-*"):
+        (checkpoint / COMPLETE).unlink()
+    with pytest.raises(ValueError, match="nothing to resume from"):
+        main(resumed)
 
 
 def test_adapter_and_merged_model(files: Path, tmp_path: Path) -> None:

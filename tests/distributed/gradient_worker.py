@@ -1,8 +1,7 @@
-"""Run one step of stepwise distillation and save its gradient; alone or as one of several processes."""
+"""Run one step of stepwise distillation in this process, and take its gradient."""
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from typing import Any
 
@@ -61,16 +60,3 @@ def relative_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Ten
     """Largest over parameters of |a - b| / |a|, in the 2-norm."""
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).norm() / one[name].norm().clamp(min=1e-12)) for name in one)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--micro_batch", type=int)
-    parser.add_argument("--accumulation", type=int)
-    parser.add_argument("--path")
-    parser.add_argument("--objective", default="reverse_kl")
-    parser.add_argument("--lmbda", type=float, default=0.0)
-    parser.add_argument("--cross_entropy_weight", type=float, default=0.0)
-    values = vars(parser.parse_args())
-    torch.set_num_threads(1)
-    gradient(**values)

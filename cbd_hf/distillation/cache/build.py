@@ -18,6 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from cbd_hf._files import explain_full_disk
 from cbd_hf._manifest import package_versions
 from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.distillation.cache.keys import KeyIndex, Keys, iter_rows, keys_of
@@ -160,7 +161,8 @@ def build_cache(
             runner.fill(buffer, list(iter_rows(prepared.select(chosen))))
             return write_shard(directory, index, buffer)
 
-        _make_shards(state, directory, manifest, todo, make, progress)
+        with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
+            _make_shards(state, directory, manifest, todo, make, progress)
     seconds = time.perf_counter() - started
     _on_main(state, lambda: _finish(directory, manifest, _digest(content)))
     added = manifest.tokens - before[1]

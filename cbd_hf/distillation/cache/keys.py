@@ -87,7 +87,7 @@ def iter_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[Row]:
 
 
 def _iter_arrow(dataset: Any) -> Iterator[Row]:
-    """Ten times as fast as by Python lists."""
+    """Without a Python object for each token."""
     names = [name for name in _COLUMNS if name in dataset.column_names]
     for table in dataset.select_columns(names).with_format("arrow").iter(batch_size=_BATCH):
         columns = [_split(table[name]) if name in names else [None] * len(table) for name in _COLUMNS]
@@ -123,7 +123,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(rows: Iterable[Mapping[str, Any]]) -> Keys:
-    """The [`Keys`] of a dataset or any other iterable of rows; about 50,000 rows per second."""
+    """The [`Keys`] of a dataset or any other iterable of rows, at 10 to 40 microseconds per row."""
     keys, counts, longest = bytearray(), [], 0
     for row in iter_rows(rows):
         keys += row.key()

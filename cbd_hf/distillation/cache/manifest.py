@@ -181,7 +181,8 @@ class CacheManifest:
     def differences(self, other: CacheManifest) -> list[str]:
         """What another manifest was made with that this one was not, as `name: this, not that`."""
         mine, others = self._made_with(), other._made_with()
-        return [f"{name}: {mine[name]}, not {others[name]}" for name in mine if mine[name] != others[name]]
+        names = [name for name in mine if name not in others or mine[name] != others[name]]
+        return [f"{name}: {mine[name]}, not {others.get(name, 'used')}" for name in names]
 
     def _made_with(self) -> dict[str, Any]:
         settings = dataclasses.asdict(self.settings)

@@ -87,8 +87,9 @@ def test_sampled(teacher: Path, tmp_path: Path, n_samples: int) -> None:
     assert batch["teacher_log_probs"].isfinite().all()
     counts = load_file(tmp_path / "cache" / "shard-00000.safetensors")["counts"]
     assert counts.dtype == (torch.uint8 if n_samples < 256 else torch.int16)
-    alone = [cache.batch([row]) for row in cache.locate(rows)]
-    assert torch.equal(torch.cat([b["teacher_weights"].sum(-1) for b in alone]), weights.sum(-1))
+    alone = [cache.batch([row])["teacher_weights"] for row in cache.locate(rows)]
+    widened = [torch.nn.functional.pad(part, (0, weights.shape[1] - part.shape[1])) for part in alone]
+    assert torch.equal(torch.cat(widened), weights)
 
 
 def test_draws_do_not_depend_on_batches_and_files(teacher: Path, tmp_path: Path) -> None:
@@ -173,12 +174,11 @@ class Collator:
         return self.cache.batch(rows)
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_data_loader_workers(cached: Path, start: str) -> None:
+def test_data_loader_workers(cached: Path) -> None:
     cache = TeacherCache.from_pretrained(cached)
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
     expected = [cache.batch(order[i : i + 3]) for i in range(0, 20, 3)]
-    loader = DataLoader(order, batch_size=3, num_workers=2, collate_fn=Collator(cache), multiprocessing_context=start)
+    loader = DataLoader(order, batch_size=3, num_workers=2, collate_fn=Collator(cache))
     for found, wanted in zip(loader, expected, strict=True):
         assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 

@@ -1,0 +1,193 @@
+"""
+On-policy distillation by policy gradient against its rivals, at equal optimizer steps: the table of docs/minillm.md.
+
+    python benchmarks/minillm.py path/to/stories260k
+
+The teacher is stories260K (by default looked for in $CBD_TEST_DATA/models/stories260k), the student its first and
+last layer after a warm-up on the teacher's stories that all arms share. Then every arm takes the same number of steps
+on as many rows and sees each of the same prompts four times: stepwise distillation on the teacher's stories
+(off-policy), MiniLLM, stepwise distillation on the student's own samples (on-policy, lmbda=1), and MiniLLM without its
+policy term at MiniLLM's learning rate. The other learning rates are the best of three on validation prompts and the
+first seed, and of more if the best lies at an end. Measured on other held-out prompts: the reverse KL divergence per
+token of the student's own samples, exact at every position and as a Monte Carlo estimate of whole sequences, and the
+student's loss on the teacher's stories. Prints one line per run, and a Markdown table; about ten minutes on a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, disable_progress_bars
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from cbd_hf import MiniLLMConfig, MiniLLMTrainer, StepwiseDistillationConfig, StepwiseDistillationTrainer
+from cbd_hf.distillation.on_policy import sample_completions
+
+
+PROMPT, ANSWER, BATCH = 8, 32, 32
+ROLLOUT: dict[str, Any] = {"rollout_batch_size": 256, "inner_epochs": 4, "generation_batch_size": 256}
+ARMS: dict[str, dict[str, Any]] = {
+    "off-policy": {},
+    "MiniLLM": ROLLOUT,
+    "on-policy (lmbda=1)": {"lmbda": 1.0},
+    "MiniLLM, no policy term": ROLLOUT | {"policy_weight": 0.0},
+}
+RATES = [1e-3, 2e-3, 4e-3]
+
+
+def generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int, seed: str) -> list[list[int]]:
+    """Sampled completions of exactly `tokens` tokens; equal prompts get their own by their place."""
+    options: dict[str, Any] = {"max_new_tokens": tokens, "temperature": 1.0, "pad_token_id": 0, "eos_token_id": None}
+    found = []
+    with torch.no_grad():
+        for start in range(0, len(prompts), 512):
+            part = prompts[start : start + 512]
+            keys = [str(start + row) for row in range(len(part))]
+            found += sample_completions(model, part, seed=seed, keys=keys, **options)
+    return found
+
+
+def stories(teacher: PreTrainedModel, rows: int, seed: str) -> list[list[int]]:
+    start = [[teacher.config.bos_token_id]] * rows
+    return [[teacher.config.bos_token_id, *row] for row in generate(teacher, start, PROMPT + ANSWER - 1, seed)]
+
+
+def as_dataset(rows: list[list[int]]) -> Dataset:
+    return Dataset.from_list([{"input_ids": row, "labels": [-100] * PROMPT + row[PROMPT:]} for row in rows])
+
+
+@torch.no_grad()
+def log_probs(model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
+    """Of the whole vocabulary at the answers' tokens; float32, shape (rows, ANSWER, vocab)."""
+    parts = torch.tensor(rows).split(256)
+    logits = torch.cat([model(input_ids=part, use_cache=False).logits[:, PROMPT - 1 : -1] for part in parts])
+    return F.log_softmax(logits.float(), dim=-1)
+
+
+def measure(student: PreTrainedModel, teacher: PreTrainedModel, rows: list[list[int]], seed: str) -> dict[str, float]:
+    student.eval()
+    prompts = [row[:PROMPT] for row in rows]
+    answers = generate(student, prompts, ANSWER, seed)
+    samples = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    q, p = log_probs(student, samples), log_probs(teacher, samples)
+    tokens = torch.tensor(answers)[..., None]
+    loss = log_probs(student, rows).gather(-1, torch.tensor(rows)[:, PROMPT:, None])
+    return {
+        "exact": float((q.exp() * (q - p)).sum(-1).mean()),
+        "sampled": float((q - p).gather(-1, tokens).mean()),
+        "loss": -float(loss.mean()),
+    }
+
+
+def train(
+    start: dict[str, torch.Tensor],
+    config: Any,
+    teacher: PreTrainedModel,
+    tokenizer: Any,
+    rows: list[list[int]],
+    **o: Any,
+) -> PreTrainedModel:
+    student = AutoModelForCausalLM.from_config(config)
+    student.load_state_dict(start)
+    minillm = "rollout_batch_size" in o
+    with tempfile.TemporaryDirectory() as directory:
+        options = {
+            "output_dir": directory,
+            "per_device_train_batch_size": BATCH,
+            "max_new_tokens": ANSWER,
+            "warmup_steps": 10,
+            "logging_steps": 10_000,
+            "save_strategy": "no",
+            "report_to": "none",
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+        }
+        args = (MiniLLMConfig if minillm else StepwiseDistillationConfig)(**options | o)
+        trainer = (MiniLLMTrainer if minillm else StepwiseDistillationTrainer)(
+            student, teacher, args, train_dataset=as_dataset(rows), processing_class=tokenizer
+        )
+        trainer.train()
+    return student
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    data = Path(os.environ.get("CBD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    parser.add_argument("model", nargs="?", default=str(data / "models" / "stories260k"))
+    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--warm-up", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="to run some by themselves")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    disable_progress_bars()
+    teacher = AutoModelForCausalLM.from_pretrained(arguments.model, dtype="float32").eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+
+    began = time.monotonic()
+    warm = stories(teacher, BATCH * arguments.warm_up, "warm-up")
+    rows = stories(teacher, BATCH * arguments.steps // ROLLOUT["inner_epochs"], "train")
+    validation, test = stories(teacher, 512, "validation"), stories(teacher, 1024, "test")
+    print(f"{len(warm) + len(rows):,} stories of the teacher in {time.monotonic() - began:.0f} s", flush=True)
+
+    config = type(teacher.config).from_dict(teacher.config.to_dict() | {"num_hidden_layers": 2})
+    student = AutoModelForCausalLM.from_config(config)
+    state, last = teacher.state_dict(), teacher.config.num_hidden_layers - 1
+    for name in student.state_dict():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            state[name] = teacher.state_dict()[".".join([*parts[:2], str(last * int(parts[2])), *parts[3:]])]
+    start = {name: state[name] for name in student.state_dict()}
+    student = train(start, config, teacher, tokenizer, warm, max_steps=arguments.warm_up, learning_rate=2e-3, seed=0)
+    start = {name: value.clone() for name, value in student.state_dict().items()}
+
+    def run(arm: str, rate: float, seed: int) -> tuple[dict[str, float], float]:
+        began = time.monotonic()
+        options = ARMS[arm] | {"max_steps": arguments.steps, "learning_rate": rate, "seed": seed}
+        student = train(start, config, teacher, tokenizer, rows, **options)
+        seconds = time.monotonic() - began
+        chosen = measure(student, teacher, validation, f"validation {seed}")["exact"]
+        result = measure(student, teacher, test, f"test {seed}") | {"seconds": seconds}
+        values = ", ".join(f"{name} {value:.4f}" for name, value in result.items())
+        print(f"{arm}, learning rate {rate:g}, seed {seed}: validation {chosen:.4f}, {values}", flush=True)
+        return result, chosen
+
+    def row(arm: str, rate: str, results: list[dict[str, float]]) -> str:
+        cells = [arm, rate]
+        for name in ("exact", "sampled", "loss"):
+            values = [result[name] for result in results]
+            cells.append(f"{mean(values):.4f} ± {stdev(values) if len(values) > 1 else 0:.4f}")
+        cells.append(f"{mean(result['seconds'] for result in results):.0f}" if rate else "")
+        return f"| {' | '.join(cells)} |"
+
+    lines = ["| arm | learning rate | reverse KL, exact | reverse KL, sampled | loss on stories | seconds |"]
+    lines.append("|---|---|---|---|---|---|")
+    before = [measure(student, teacher, test, f"test {seed}") for seed in range(arguments.seeds)]
+    lines.append(row("after the warm-up", "", before))
+    chosen_rates: dict[str, float] = {}
+    for arm in arguments.arms:
+        tuned = "policy_weight" in ARMS[arm] and "MiniLLM" in chosen_rates
+        rates = [chosen_rates["MiniLLM"]] if tuned else RATES
+        tried = {rate: run(arm, rate, 0) for rate in rates}
+        best = min(tried, key=lambda rate: tried[rate][1])
+        while len(tried) > 1 and best in (min(tried), max(tried)):
+            beyond = best / 2 if best == min(tried) else best * 2
+            tried[beyond] = run(arm, beyond, 0)
+            best = min(tried, key=lambda rate: tried[rate][1])
+        chosen_rates[arm] = best
+        others = [run(arm, best, seed)[0] for seed in range(1, arguments.seeds)]
+        lines.append(row(arm, f"{best:g}", [tried[best][0], *others]))
+        print(*lines, sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
