@@ -94,8 +94,8 @@ class PlanArguments:
     train: bool = field(
         default=False,
         metadata={
-            "help": "Instead of sizes: memory per device of every stage of distillation. Each anchor is the teacher of "
-            "the next smaller one."
+            "help": "Instead of sizes: memory per device of every stage of distillation. Each anchor is the teacher "
+            "of the next smaller one."
         },
     )
     source: str | None = field(

@@ -13,6 +13,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from cbd_hf._files import atomic_write_text, sync_directory, sync_tree
 
 
@@ -85,6 +87,18 @@ def last_complete_checkpoint(directory: str | Path, before: int | None = None) -
     return None
 
 
+def last_written_checkpoint(directory: str | Path, before: int | None = None) -> str | None:
+    """
+    The newest checkpoint whose last file is there, marked or not: what a plain `trainer.train()` leaves has no marks.
+
+    Args as in [`last_complete_checkpoint`].
+    """
+    for step, path in sorted(_checkpoints(Path(directory)), reverse=True):
+        if (before is None or step < before) and (path / TRAINER_STATE_NAME).is_file():
+            return str(path)
+    return None
+
+
 def discard(checkpoint: Path) -> None:
     """Delete a checkpoint; if that is interrupted, what is left is not complete."""
     unmark(checkpoint)
@@ -121,6 +135,7 @@ __all__ = [
     "discard",
     "is_complete",
     "last_complete_checkpoint",
+    "last_written_checkpoint",
     "mark_complete",
     "remove_incomplete",
     "rotate",

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from cbd_hf.distillation.checkpoints import last_complete_checkpoint
+from cbd_hf.distillation.checkpoints import last_complete_checkpoint, last_written_checkpoint
 
 
 _LISTED = 32
@@ -132,7 +132,9 @@ class LossGuard:
 
 def last_good(output_dir: str | Path | None, step: int) -> str:
     """Which checkpoint to go back to from a bad step, and what to do, as the end of an error message."""
-    good = last_complete_checkpoint(output_dir, before=step) if output_dir is not None else None
+    good = None
+    if output_dir is not None:
+        good = last_complete_checkpoint(output_dir, before=step) or last_written_checkpoint(output_dir, before=step)
     where = f"Last good checkpoint: {good}." if good else "There is no complete checkpoint yet (see save_steps)."
     return (
         f"{where}\nLower learning_rate (or lengthen the warm-up), or look at these examples and leave bad ones out of "

@@ -77,7 +77,7 @@ def _zero_stage(accelerator: Accelerator) -> int | None:
     return None if plugin is None else plugin.zero_stage
 
 
-def _zero3(teacher: PreTrainedModel, accelerator: Accelerator, offload: bool) -> nn.Module:
+def _zero3(teacher: Any, accelerator: Accelerator, offload: bool) -> nn.Module:
     import deepspeed
 
     config = copy.deepcopy(accelerator.state.deepspeed_plugin.deepspeed_config)
@@ -87,7 +87,8 @@ def _zero3(teacher: PreTrainedModel, accelerator: Accelerator, offload: bool) ->
     zero.pop("offload_optimizer", None)
     if offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    layer = max((sum(p.ds_numel for p in layer.parameters()) for layer in decoder_layers(teacher)), default=0)
+    layers: list[Any] = decoder_layers(teacher)
+    layer = max((sum(p.ds_numel for p in each.parameters()) for each in layers), default=0)
     # By default DeepSpeed keeps up to 10^9 parameters whole that it will need again, which here is in the next batch's
     # forward, and gathers 5 * 10^7 ahead: all of a small teacher. Here a layer is released at once and one is gathered
     # ahead.

@@ -238,3 +238,27 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         "figure",
     ):
         assert f"--{option}" in printed
+
+
+def test_training_memory(configs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ",".join(map(str, configs))
+    options = ["--configs", given, "--train", "--max_length", "32", "--world_size", "1,8", "--zero_stage", "0,3"]
+    main(options)
+    header, _, *rows = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["stage", "ZeRO", "devices"] and "total" in header
+    assert [row.split()[:5] for row in rows[:4]] == [
+        ["two", "->", "one", stage, size] for size in ("1", "8") for stage in ("0", "3")
+    ]
+    plan = plan_of(options, capsys)
+    assert plan["workload"]["dtype"] == "bfloat16" and plan["workload"]["max_length"] == 32
+    assert [stage["total"] for stage in plan["stages"]] == [sum(stage["parts"].values()) for stage in plan["stages"]]
+    # The source is the first teacher.
+    tiny_config("qwen3", layers=6, heads=6).save_pretrained(tmp_path / "large")
+    stages = plan_of([*options, "--source", str(tmp_path / "large")], capsys)["stages"]
+    assert [(stage["teacher"], stage["student"]) for stage in stages[::4]] == [("source", "two"), ("two", "one")]
+    assert "leave out n_params" in error_of([*options, "--n_params", "1e6"], capsys)
+    assert "needs train" in error_of(["--configs", given, "--source", given], capsys)
+    assert "is not larger than two" in error_of([*options, "--source", str(configs[0])], capsys)
+    assert "no/where is neither" in error_of([*options, "--source", "no/where"], capsys)
+    assert "zero_stage='4' is unknown" in error_of([*options, "--zero_stage", "4"], capsys)
+    assert "world_size='x' must be" in error_of([*options, "--world_size", "x"], capsys)

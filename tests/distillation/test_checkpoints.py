@@ -14,6 +14,7 @@ from cbd_hf.distillation.checkpoints import (
     discard,
     is_complete,
     last_complete_checkpoint,
+    last_written_checkpoint,
     mark_complete,
     remove_incomplete,
     rotate,
@@ -101,3 +102,15 @@ def test_an_interrupted_deletion_leaves_nothing_that_counts(tmp_path: Path, monk
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     discard(path)
     assert path.is_dir() and not is_complete(path)
+
+
+def test_checkpoints_of_a_plain_train_have_no_mark(tmp_path: Path) -> None:
+    for step, names in ((5, ["trainer_state.json"]), (10, ["trainer_state.json"]), (15, ["model.safetensors"])):
+        directory = tmp_path / f"checkpoint-{step}"
+        directory.mkdir()
+        for name in names:
+            (directory / name).write_text("{}")
+    assert last_complete_checkpoint(tmp_path) is None
+    assert last_written_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_written_checkpoint(tmp_path, before=10) == str(tmp_path / "checkpoint-5")
+    assert last_written_checkpoint(tmp_path, before=5) is None
