@@ -149,7 +149,8 @@ def work(workload: str, arm: str, directory: Path, steps: int) -> None:
             self.wait()
 
         def wait(self) -> None:
-            sys.stdin.readline()
+            if not sys.stdin.readline():
+                os._exit(1)  # nobody is waiting for this arm any more
             self.started = time.perf_counter()
 
     options: dict[str, Any] = {
@@ -246,15 +247,22 @@ def measure(workload: str, arms: list[str], steps: int, dolly: str | None, progr
         prepare(workload, directory, steps + 1, dolly)
         if "cached" in arms:
             build(workload, directory)
-        processes = {arm: start(workload, arm, directory, steps + 1) for arm in arms}
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
         with tqdm(total=(steps + 1) * len(arms), desc=workload, disable=not progress) as bar:
-            for _ in range(steps + 1):
-                for arm, process in processes.items():
-                    found[arm].append(step(process, directory / f"{arm}.log"))
-                    bar.update()
-        for process in processes.values():
-            process.communicate("\n")
+            # By the teacher's type, since TRL's arms need 12 GB each.
+            for low in (False, True):
+                processes = {
+                    arm: start(workload, arm, directory, steps + 1) for arm in arms if arm.endswith("bf16") == low
+                }
+                try:
+                    for _ in range(steps + 1):
+                        for arm, process in processes.items():
+                            found[arm].append(step(process, directory / f"{arm}.log"))
+                            bar.update()
+                finally:
+                    for process in processes.values():
+                        process.kill()
+                        process.wait()
         tokens = supervised_tokens(directory, steps + 1, workload)
     return summary(workload, found, tokens)
 
@@ -294,18 +302,18 @@ def summary(workload: str, found: dict[str, list[dict[str, float]]], tokens: flo
     }
     gkd = arms["gkd"]
 
-    def speed(arm: str) -> float | None:
+    def speed(arm: str, against: str = "gkd") -> float | None:
         """Median of the ratios of neighbouring steps, which saw the same machine."""
-        if arm not in found:
+        if arm not in found or against not in found:
             return None
-        pairs = zip(found["gkd"][1:], found[arm][1:], strict=True)
+        pairs = zip(found[against][1:], found[arm][1:], strict=True)
         return round(statistics.median(theirs["seconds"] / ours["seconds"] for theirs, ours in pairs), 3)
 
     return {
         "workload": workload,
         "tokens_per_second_ratio": speed("live"),
         "cached_tokens_per_second_ratio": speed("cached"),
-        "bf16_teacher_tokens_per_second_ratio": speed("live_bf16"),
+        "bf16_teacher_tokens_per_second_ratio": speed("live_bf16", "gkd_bf16"),
         "peak_memory_ratio": round(arms["live"]["peak_bytes"] / gkd["peak_bytes"], 3),
         "loss_max_abs_diff": max(abs(a - b) for a, b in zip(gkd["losses"], arms["live"]["losses"], strict=True)),
         "supervised_tokens_per_step": tokens,

@@ -19,9 +19,9 @@ from cbd_hf.distillation.objectives import Objective
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 
 
-# Logits of one tile: 32 MB in float32, which stays in a CPU's cache; on a GPU 512 MB, to fill it.
+# Logits of one tile, of which about six live at once: 32 MB in float32, which stays in a CPU's cache; on a GPU 128 MB.
 _TILE_VALUES = {"cpu": 2**23}
-_TILE_VALUES_ELSEWHERE = 2**27
+_TILE_VALUES_ELSEWHERE = 2**25
 _LEAST_LOG = -23.0  # 1e-10; a smaller tail has no say
 
 

@@ -6,13 +6,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cbd_hf.distillation.heads import decoder_layers
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Parts of the memory, as far as operations allocate it.
 ACTIVATIONS, COPIES, LOSS, TEACHER = "activations", "autocast_copies", "loss", "teacher_activations"
@@ -27,7 +32,8 @@ class Weights:
     Args:
         numels (`tuple[int, ...]`): elements of each.
         itemsize (`int`): bytes of an element.
-        units (`tuple[int, ...]`): the decoder layer that each belongs to, counted from 0; -1 outside of them.
+        units (`tuple[int, ...]`): the decoder layer that each belongs to, counted from 0; a negative number
+            for what is gathered outside of them.
         uses (`tuple[tuple[int, ...], ...]`): parameters (by index) of each module that is run, in the order in which
             a step runs them, the backward pass included.
     """
@@ -153,7 +159,7 @@ class Recorder(TorchDispatchMode):
         return self.events
 
 
-def watch(model: nn.Module, role: str, recorder: Recorder) -> Weights:
+def watch(model: PreTrainedModel, role: str, recorder: Recorder) -> Weights:
     """
     Let a recorder know a model's weights, the modules that use them, and the gradients that reach them.
 
@@ -164,12 +170,16 @@ def watch(model: nn.Module, role: str, recorder: Recorder) -> Weights:
     numbers = {id(parameter): index for index, parameter in enumerate(parameters)}
     for tensor in (*parameters, *model.buffers()):
         recorder.know(tensor)
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
     units = [-1] * len(parameters)
-    layers = [module for module in model.modules() if type(module).__name__ in blocks]
-    for layer, module in enumerate(layers):
+    for layer, module in enumerate(decoder_layers(model)):
         for parameter in module.parameters():
             units[numbers[id(parameter)]] = layer
+    if role == TEACHER_ROLE:  # as place_teacher divides it
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+        if ends[1] is not None and ends[0].weight is not ends[1].weight:
+            for unit, module in enumerate(ends, -3):
+                for parameter in module.parameters():
+                    units[numbers[id(parameter)]] = unit
     for module in model.modules():
         own = tuple(numbers[id(parameter)] for parameter in module.parameters(recurse=False))
         if own:

@@ -251,10 +251,22 @@ class _ZeroGathers:
     its parameters when the first of them is used.
     """
 
-    def __init__(self, weights: Weights, part: str, division: Division, ledger: _Ledger) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        part: str,
+        division: Division,
+        ledger: _Ledger,
+        prefetch: int = _PREFETCH,
+        max_live: int = _MAX_LIVE,
+        max_reuse_distance: int = _MAX_REUSE_DISTANCE,
+    ) -> None:
         self.weights = weights
         self.part = part
         self.ledger = ledger
+        self.prefetch = prefetch
+        self.max_live = max_live
+        self.max_reuse_distance = max_reuse_distance
         self.copies_on_the_way = division.device == "cpu"  # gloo's
         self.live: set[int] = set()
         self.live_numel = 0
@@ -276,7 +288,7 @@ class _ZeroGathers:
                 for arrived in group:
                     del self.arriving[arrived]
         self.ahead = max(self.ahead, self.position)
-        room, asked = min(_PREFETCH, _MAX_LIVE - self.live_numel), 0
+        room, asked = min(self.prefetch, self.max_live - self.live_numel), 0
         wanted: set[int] = set()
         while self.ahead < len(self.weights.uses) and asked < room:
             new = set(self.weights.uses[self.ahead]) - self.live - self.persistent - wanted
@@ -290,7 +302,7 @@ class _ZeroGathers:
         again: set[int] = set()
         distance = 0
         for use, upcoming in enumerate(self.weights.uses[self.position :], self.position):
-            if distance >= _MAX_REUSE_DISTANCE and use >= self.ahead:
+            if distance >= self.max_reuse_distance and use >= self.ahead:
                 break
             again.update(upcoming)
             distance += sum(self.weights.numels[member] for member in upcoming)
@@ -434,7 +446,12 @@ class _ZeroTeacher(_Weights):
         super().__init__(weights, division, ledger)
         if division.teacher_placement == "shard" or division.device == "cpu":
             ledger.add(TEACHER_WEIGHTS, self.share(weights.nbytes))
-        self.gathers = _ZeroGathers(weights, TEACHER_WEIGHTS, division, ledger)
+        layers: Counter[int] = Counter()
+        for numel, unit in zip(weights.numels, weights.units, strict=True):
+            layers[unit] += numel
+        layer = max((numel for unit, numel in layers.items() if unit >= 0), default=0)
+        # As place_teacher sets it: a layer is freed at once, and one is gathered ahead.
+        self.gathers = _ZeroGathers(weights, TEACHER_WEIGHTS, division, ledger, layer, 2 * layer, 0)
 
     def use(self, event: Event) -> None:
         self.gathers.use(event)

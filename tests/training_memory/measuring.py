@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -70,16 +71,18 @@ def measured(setting: str, launch: str) -> int:
         file = ROOT / f"recipes/accelerate_configs/{launch}.yaml"
         options = [f"--config_file={file}", "--num_processes=2", "--mixed_precision=no"]
         program += ["-m", "accelerate.commands.accelerate_cli", "launch", *options]
-    result = subprocess.run(
-        [*program, "-m", "tests.training_memory.worker", json.dumps(SETTINGS[setting])],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    lines = [line.partition("measured ")[2] for line in result.stderr.splitlines() if "measured {" in line]
-    assert len(lines) == LAUNCHES[launch][1]
-    return max(json.loads(line)["peak"] for line in lines)
+    with tempfile.TemporaryDirectory() as directory:
+        result = subprocess.run(
+            [*program, "-m", "tests.training_memory.worker", json.dumps(SETTINGS[setting]), directory],
+            cwd=ROOT,
+            env=os.environ | environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        # One file per process: their lines would run into each other.
+        peaks = [json.loads(path.read_text())["peak"] for path in Path(directory).glob("*.json")]
+    assert len(peaks) == LAUNCHES[launch][1]
+    return max(peaks)

@@ -1,6 +1,6 @@
 """
-Train a few steps of stepwise distillation on random models and print the peak of this process's memory, as one JSON
-line per process: bytes above what it had before the models were made.
+Train a few steps of stepwise distillation on random models and write the peak of this process's memory to a JSON file
+named by its rank: bytes above what it had before the models were made.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import sys
+import os
 import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -119,9 +120,10 @@ def peak(setting: dict[str, Any]) -> dict[str, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("setting", help="JSON")
+    parser.add_argument("output", type=Path, help="directory")
+    values = parser.parse_args()
     torch.set_num_threads(1)
-    setting = json.loads(parser.parse_args().setting)
+    setting = json.loads(values.setting)
     # What a first training loads and allocates for good does not belong to the models.
     peak({**WARM_UP, "options": setting.get("options", {})})
-    result = peak(setting)
-    print("measured", json.dumps(result), file=sys.stderr, flush=True)
+    (values.output / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(peak(setting)))
