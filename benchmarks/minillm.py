@@ -41,7 +41,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "on-policy (lmbda=1)": {"lmbda": 1.0},
     "MiniLLM, no policy term": ROLLOUT | {"policy_weight": 0.0},
 }
-RATES = [1e-3, 2e-3, 4e-3]
+RATES = [5e-4, 1e-3, 2e-3]
 
 
 def generate(model: PreTrainedModel, prompts: list[list[int]], tokens: int, seed: str) -> list[list[int]]:
@@ -124,7 +124,13 @@ def main() -> None:
     data = Path(os.environ.get("CBD_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
     parser.add_argument("model", nargs="?", default=str(data / "models" / "stories260k"))
     parser.add_argument("--steps", type=int, default=128)
-    parser.add_argument("--warm-up", type=int, default=100)
+    parser.add_argument("--warm-up", type=int, default=1000, help="steps of off-policy training that all arms share")
+    parser.add_argument("--warm-up-epochs", type=int, default=4, help="times that these see each of their stories")
+    parser.add_argument("--warm-up-rate", type=float, default=4e-3)
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=RATES, help="learning rates to begin the search with"
+    )
+    parser.add_argument("--held-out", type=int, default=2048, help="prompts of the table; half as many for validation")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="to run some by themselves")
     arguments = parser.parse_args()
@@ -134,9 +140,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
 
     began = time.monotonic()
-    warm = stories(teacher, BATCH * arguments.warm_up, "warm-up")
+    warm = stories(teacher, BATCH * arguments.warm_up // arguments.warm_up_epochs, "warm-up")
     rows = stories(teacher, BATCH * arguments.steps // ROLLOUT["inner_epochs"], "train")
-    validation, test = stories(teacher, 512, "validation"), stories(teacher, 1024, "test")
+    validation = stories(teacher, arguments.held_out // 2, "validation")
+    test = stories(teacher, arguments.held_out, "test")
     print(f"{len(warm) + len(rows):,} stories of the teacher in {time.monotonic() - began:.0f} s", flush=True)
 
     config = type(teacher.config).from_dict(teacher.config.to_dict() | {"num_hidden_layers": 2})
@@ -147,7 +154,8 @@ def main() -> None:
         if parts[1] == "layers":
             state[name] = teacher.state_dict()[".".join([*parts[:2], str(last * int(parts[2])), *parts[3:]])]
     start = {name: state[name] for name in student.state_dict()}
-    student = train(start, config, teacher, tokenizer, warm, max_steps=arguments.warm_up, learning_rate=2e-3, seed=0)
+    options = {"max_steps": arguments.warm_up, "learning_rate": arguments.warm_up_rate, "seed": 0}
+    student = train(start, config, teacher, tokenizer, warm, **options)
     start = {name: value.clone() for name, value in student.state_dict().items()}
 
     def run(arm: str, rate: float, seed: int) -> tuple[dict[str, float], float]:
@@ -174,9 +182,10 @@ def main() -> None:
     before = [measure(student, teacher, test, f"test {seed}") for seed in range(arguments.seeds)]
     lines.append(row("after the warm-up", "", before))
     chosen_rates: dict[str, float] = {}
+    exact: dict[str, list[float]] = {}
     for arm in arguments.arms:
         tuned = "policy_weight" in ARMS[arm] and "MiniLLM" in chosen_rates
-        rates = [chosen_rates["MiniLLM"]] if tuned else RATES
+        rates = [chosen_rates["MiniLLM"]] if tuned else arguments.rates
         tried = {rate: run(arm, rate, 0) for rate in rates}
         best = min(tried, key=lambda rate: tried[rate][1])
         while len(tried) > 1 and best in (min(tried), max(tried)):
@@ -185,7 +194,12 @@ def main() -> None:
             best = min(tried, key=lambda rate: tried[rate][1])
         chosen_rates[arm] = best
         others = [run(arm, best, seed)[0] for seed in range(1, arguments.seeds)]
-        lines.append(row(arm, f"{best:g}", [tried[best][0], *others]))
+        results = [tried[best][0], *others]
+        lines.append(row(arm, f"{best:g}", results))
+        exact[arm] = [result["exact"] for result in results]
+        if "off-policy" in exact and arm != "off-policy":
+            pairs = zip(exact[arm], exact["off-policy"], strict=True)
+            print(f"{arm} less off-policy, by seed:", *(f"{one - other:+.4f}" for one, other in pairs), flush=True)
         print(*lines, sep="\n", flush=True)
 
 

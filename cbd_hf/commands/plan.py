@@ -60,8 +60,8 @@ class PlanArguments:
         default=None,
         metadata={
             "help": "Type of weights and cache in serving, and of the computation in training, where bfloat16 and "
-            "float16 mean mixed precision with float32 master weights. By default that of the anchors' configs; "
-            "float32 if they name none or several.",
+            "float16 mean mixed precision with float32 master weights. By default that of the anchors' configs, "
+            "float32 if they name none or several; with train on cuda bfloat16, as in a build.",
             "choices": ["float32", "bfloat16", "float16"],
         },
     )
@@ -245,7 +245,9 @@ def _run_training(args: PlanArguments) -> "list[StageMemory]":
     }
     check_divisions(stages, sizes, TrainingWorkload(args.dtype or "float32", **options))
     anchors = _chain_anchors(args.chain, args.revision) if args.chain is not None else _config_anchors(args.configs)
-    workload = TrainingWorkload(args.dtype or _common_dtype(anchors), **options)
+    # On a GPU builds compute in bfloat16 unless they are told otherwise.
+    dtype = args.dtype or ("bfloat16" if args.device == "cuda" else _common_dtype(anchors))
+    workload = TrainingWorkload(dtype, **options)
     configs = {anchor.name: anchor.config for anchor in reversed(anchors)}
     configs = _source(args, anchors[-1]) | configs
     memories = predict_chain(configs, workload, zero_stages=stages, world_sizes=sizes)

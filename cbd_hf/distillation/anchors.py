@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch.distributed.fsdp import FSDPModule
 
 from cbd_hf._loading import plain_loading
+from cbd_hf.distillation.heads import unwrapped
 from cbd_hf.distillation.student import PROJECTION
 
 
 def write_anchor(student: Any, state: dict[str, torch.Tensor], output_dir: str | Path) -> None:
     """
-    Save gathered weights in a fresh model of the student's architecture, an adapter merged, no projection.
+    Save gathered weights in a fresh model of the student's class, an adapter merged, no projection.
 
     Args:
         student (`PreTrainedModel` or `PeftModel`): whose weights they are; only its configs are read.
@@ -27,7 +28,7 @@ def write_anchor(student: Any, state: dict[str, torch.Tensor], output_dir: str |
     state = {name: value for name, value in state.items() if PROJECTION not in name}
     config = type(student.config).from_dict(student.config.to_dict() | {"use_cache": True})
     with plain_loading():
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=next(iter(state.values())).dtype)
+        base: Any = _own_class(student)._from_config(config, dtype=next(iter(state.values())).dtype)
     base.generation_config = student.generation_config
     if hasattr(student, "peft_config"):
         from peft import get_peft_model
@@ -43,4 +44,23 @@ def write_anchor(student: Any, state: dict[str, torch.Tensor], output_dir: str |
     base.save_pretrained(output_dir)
 
 
-__all__ = ["write_anchor"]
+def check_savable(student: Any) -> None:
+    """
+    Raise for a student that [`write_anchor`] could not save, before it is trained.
+
+    Raises:
+        ValueError: its weights are quantized.
+    """
+    if getattr(student.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The student's weights are quantized (quantization_config), so that an adapter cannot be merged into them "
+            "for an anchor: load it without quantization_config. The teacher may be quantized."
+        )
+
+
+def _own_class(student: Any) -> Any:
+    """The class of the model below an adapter, as it was before `fully_shard` made one of it."""
+    return next(kind for kind in type(unwrapped(student)).__mro__ if not issubclass(kind, FSDPModule))
+
+
+__all__ = ["check_savable", "write_anchor"]

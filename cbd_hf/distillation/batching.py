@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow.compute as pc
 import torch
@@ -13,6 +13,9 @@ from torch.utils.data import Sampler
 
 from cbd_hf.distillation.columns import IGNORED
 
+
+if TYPE_CHECKING:
+    from cbd_hf.distillation.config import StepwiseDistillationConfig
 
 EXAMPLE_ID = "example_id"
 TEACHER_ROW = "teacher_row"
@@ -225,6 +228,39 @@ class StepSampler(Sampler[int]):
             self.shuffled.set_epoch(epoch)
 
 
+def fills_steps(dataset: Any, args: Any) -> bool:
+    """Whether rows are taken by a [`StepSampler`]: their lengths are known, and no other order is asked for."""
+    known = isinstance(dataset, Dataset) and "input_ids" in dataset.column_names
+    return known and args.train_sampling_strategy in ("random", "sequential")
+
+
+def step_sampler(dataset: Dataset, args: StepwiseDistillationConfig) -> StepSampler:
+    """
+    The [`StepSampler`] of a training.
+
+    Raises:
+        ValueError: `dataloader_drop_last` leaves no row.
+    """
+    step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    lengths, blank = row_lengths(dataset), has_blank_row(dataset)
+    if blank:
+        lengths = lengths[:-1]
+    if args.dataloader_drop_last and len(lengths) < step_size:
+        raise ValueError(
+            f"dataloader_drop_last=True leaves nothing of {len(lengths)} rows, which are less than a step of "
+            f"{step_size}: lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+    return StepSampler(
+        lengths,
+        step_size,
+        args.seed if args.data_seed is None else args.data_seed,
+        shuffle=args.train_sampling_strategy == "random",
+        sort=args.sort_steps_by_length,
+        multiple=args.train_batch_size * args.world_size if blank else 1,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
 def row_lengths(dataset: Dataset) -> list[int]:
     """Number of `input_ids` of each row."""
     lengths: list[int] = []
@@ -240,12 +276,14 @@ __all__ = [
     "TEACHER_ROW",
     "DistillationCollator",
     "StepSampler",
+    "fills_steps",
     "has_blank_row",
     "is_blank",
     "number_examples",
     "numbered",
     "row_lengths",
     "split_batch",
+    "step_sampler",
     "trimmed",
     "with_blank_row",
 ]

@@ -18,6 +18,7 @@ from cbd_hf.chain import MANIFEST, DistillationChain, append_anchor
 from cbd_hf.checkpoint import weight_files
 from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.distillation.build_data import BuildData, load_build_data
+from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import (
     SHAPE_OPTIONS,
@@ -26,12 +27,15 @@ from cbd_hf.distillation.cutting import (
     cut_config,
     sorted_checkpoint,
 )
+from cbd_hf.distillation.guards import LossError
 from cbd_hf.distillation.recipe import (
     BuildArguments,
     check_recipe,
     differences,
+    first_cache,
     recipe_record,
     stage_training,
+    what_is_learnt,
 )
 from cbd_hf.distillation.stages import distil, make_once, measure_once, stage_record, supervise
 from cbd_hf.families import check_same_family
@@ -42,6 +46,11 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 _CUT = "cbd_cut.json"
+_AFTER_A_BAD_LOSS = (
+    "This was a build's stage, {name}. If the loss was right, raise max_loss_ratio and run the same command again: it "
+    "goes on from the last complete checkpoint. Another learning_rate or dataset makes another chain: choose a new "
+    "output_dir, where `training` of an anchor can change one stage alone."
+)
 _SOURCE: dict[str, Any] = {"name": "source"}  # the stage that only adds the source itself
 
 
@@ -88,6 +97,7 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     record = recipe_record(args, training, json.dumps(digest, sort_keys=True), data.digest)
     _check_resumable(chain, work, record)
     sort = _check_anchors(source, args.anchors)
+    _check_first_cache(source, sort, first_cache(args, training))
     build = _Build(
         args=args,
         training=training,
@@ -137,6 +147,18 @@ def _check_anchors(source: Path, anchors: list[dict[str, Any]]) -> bool:
     return narrower
 
 
+def _check_first_cache(source: Path, sort: bool, directory: str | None) -> None:
+    """Raise if the first stage's cache has the predictions of another model than the source as it will teach."""
+    if directory is None:
+        return
+    if sort:
+        raise ValueError(
+            f"teacher_cache={directory!r} has the predictions of the source as it is, but an anchor that is narrower "
+            "sorts the source's coordinates first: leave the cache out, or cut layers only."
+        )
+    TeacherCache.from_pretrained(directory).check(teacher=source)
+
+
 def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
     """Raise unless what has been begun, if anything, was begun with this very recipe and is unharmed."""
     if (chain / MANIFEST).is_file():
@@ -149,14 +171,15 @@ def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
         begun = json.loads((work / RECIPE).read_text())
     else:
         return
-    changed = differences(begun, record)
+    changed = differences(what_is_learnt(begun), record)
     if any(line.startswith("rows_per_step") for line in changed):
         changed.append("(rows_per_step: per_device_train_batch_size x gradient_accumulation_steps x processes)")
     if changed:
         raise ValueError(
             f"The recipe differs from the one that {chain} was begun with:\n  "
             + "\n  ".join(changed)
-            + "\nRestore it to continue that build, or choose another output_dir (nothing was changed)."
+            + "\nRestore it to continue that build, or choose another output_dir (nothing was changed). What does not "
+            "change what is learnt may differ, such as max_loss_ratio, teacher_placement and save_steps."
         )
 
 
@@ -238,7 +261,10 @@ def _distil_anchor(
         )
     training = stage_training(build.training, anchor.get("training"), directory / "trainer")
     trained = directory / "trained"
-    result = distil(student, teacher, trained, training, build.data.train, build.tokenizer)
+    try:
+        result = distil(student, teacher, trained, training, build.data.train, build.tokenizer)
+    except LossError as error:
+        raise LossError(f"{error}\n{_AFTER_A_BAD_LOSS.format(name=anchor['name'])}") from error
     after = _measure(build, f"{anchor['name']}/after", trained)
     metrics = {}
     if before and after:

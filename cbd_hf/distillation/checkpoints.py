@@ -94,9 +94,17 @@ def last_written_checkpoint(directory: str | Path, before: int | None = None) ->
     Args as in [`last_complete_checkpoint`].
     """
     for step, path in sorted(_checkpoints(Path(directory)), reverse=True):
-        if (before is None or step < before) and (path / TRAINER_STATE_NAME).is_file():
+        if (before is None or step < before) and _is_json(path / TRAINER_STATE_NAME):
             return str(path)
     return None
+
+
+def _is_json(path: Path) -> bool:
+    """Whether a file is there to its end; a full disk may have cut it off."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) is not None
+    except (OSError, ValueError):
+        return False
 
 
 def discard(checkpoint: Path) -> None:

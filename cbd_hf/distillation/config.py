@@ -45,7 +45,8 @@ class StepwiseDistillationConfig(GKDConfig):
             are sharded (ZeRO-3, FSDP) and else replicates.
         teacher_dtype (`str`, *optional*):
             `"float32"`, `"bfloat16"`, `"float16"` or `"auto"` (as stored). By default the type that the student
-            computes in; in float32 on a device other than the CPU as stored.
+            computes in; in float32 on a device other than the CPU as stored. The default is for a teacher given by
+            path or Hub id: a model stays as it is, unless this is set, and is then converted itself, in place.
         teacher_cache (`str`, *optional*):
             Directory that `cbd cache` has written. The teacher is not loaded.
         sort_steps_by_length (`bool`, *optional*, defaults to `True`):
@@ -68,6 +69,10 @@ class StepwiseDistillationConfig(GKDConfig):
     > Fixed so that the gradient does not depend on how a batch is split
 
         average_tokens_across_devices (`bool`): must stay `True`.
+
+    > Not part of this loss
+
+        router_aux_loss_coef (`float`, *optional*): left at `None`, or 0. Experts learn from the distillation alone.
 
     Raises:
         ValueError: an option is out of its range.
@@ -192,6 +197,11 @@ class StepwiseDistillationConfig(GKDConfig):
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} and loss_type={self.loss_type!r} belong to "
                 "SFTTrainer's own loss, which is not used here: leave them at 0 and 'nll'."
+            )
+        if self.router_aux_loss_coef:
+            raise ValueError(
+                f"router_aux_loss_coef={self.router_aux_loss_coef}: the load-balancing loss of experts is not part of "
+                "this loss, so that it would have no effect; leave it out."
             )
         if self.seq_kd:
             raise ValueError(

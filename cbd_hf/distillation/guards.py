@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,7 +59,7 @@ class LossGuard:
         self.floor = floor
         self._losses: deque[float] = deque(maxlen=window)
         self._step = 0
-        self._example_ids: list[int] = []
+        self._example_ids: Sequence[int] | Callable[[], Sequence[int]] = ()
 
     @property
     def limit(self) -> float | None:
@@ -68,20 +68,22 @@ class LossGuard:
             return None
         return max(self.factor * median(self._losses), self.floor)
 
-    def check(self, loss: float, step: int, example_ids: Sequence[int]) -> None:
+    def check(self, loss: float, step: int, example_ids: Sequence[int] | Callable[[], Sequence[int]]) -> None:
         """
         Accept the loss of a step, or raise. Call it before the optimizer's step.
 
         Args:
             loss (`float`): of the global batch, the same on every process.
             step (`int`): the number of the step that is about to be taken, the first being 1.
-            example_ids (`Sequence[int]`): the rows of the global batch.
+            example_ids (`Sequence[int]` or `Callable`): the rows of the global batch, or what returns them. That is
+                called only to name them in an error, here or in [`check_gradient`]; as all processes see the same
+                loss, it may gather them from all.
 
         Raises:
             LossError: the loss is not finite, or exploded.
         """
         loss = float(loss)
-        self._step, self._example_ids = step, [int(example) for example in example_ids]
+        self._step, self._example_ids = step, example_ids
         if not math.isfinite(loss):
             raise self._error(f"the loss is {loss}")
         limit = self.limit
@@ -121,8 +123,9 @@ class LossGuard:
             self._losses.extend(json.loads(path.read_text(encoding="utf-8")))
 
     def _error(self, what: str) -> LossError:
-        listed = ", ".join(map(str, self._example_ids[:_LISTED])) or "unknown"
-        more = len(self._example_ids) - _LISTED
+        found = self._example_ids() if callable(self._example_ids) else self._example_ids
+        listed = ", ".join(str(int(example)) for example in found[:_LISTED]) or "unknown"
+        more = len(found) - _LISTED
         return LossError(
             f"Step {self._step}: {what}. This step was not taken.\n"
             f"Examples of its global batch: {listed}{f' and {more:,} more' if more > 0 else ''}.\n"

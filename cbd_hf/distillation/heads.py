@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from cbd_hf.layout.miniature import miniature
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,35 @@ def find_parts(model: nn.Module) -> Parts | None:
     class with another forward than transformers' own for that config has none.
     """
     base: Any = unwrapped(model)
-    head = base.get_output_embeddings()
-    # Not of an adapter on the head, or a quantized matrix.
-    if head is None or hasattr(head, "base_layer") or hasattr(head, "original_module"):
-        return None
-    if not isinstance(getattr(head, "weight", None), torch.Tensor) or not head.weight.is_floating_point():
-        return None
-    if base.base_model is base:
+    if _obstacle(base):
         return None
     found = _scale_and_softcap(base)
-    return None if found is None else Parts(base, base.base_model, head, *found)
+    return None if found is None else Parts(base, base.base_model, base.get_output_embeddings(), *found)
+
+
+def parts_or_warning(model: nn.Module, role: str) -> Parts | None:
+    """[`find_parts`], with a warning that says why `role` ("student", "teacher") has none."""
+    parts = find_parts(model)
+    if parts is None:
+        base: Any = unwrapped(model)
+        why = _obstacle(base) or (
+            f"{type(base).__name__} is not known to multiply its last hidden states with its head and do no more"
+        )
+        logger.warning(
+            f"The {role}'s logits are computed for all positions at once, which takes more memory and time: {why}."
+        )
+    return parts
+
+
+def _obstacle(base: Any) -> str | None:
+    head = base.get_output_embeddings()
+    if head is None:
+        return f"{type(base).__name__} does not name its head"
+    if hasattr(head, "base_layer") or hasattr(head, "original_module"):
+        return "an adapter lies on its head"
+    if not isinstance(getattr(head, "weight", None), torch.Tensor) or not head.weight.is_floating_point():
+        return "the weights of its head are quantized"
+    return f"{type(base).__name__} has no backbone of its own" if base.base_model is base else None
 
 
 _proved: dict[str, tuple[float, float | None] | None] = {}
@@ -140,6 +162,19 @@ def _holds(config: PretrainedConfig, forward: Callable[..., Any], scale: float, 
             return False  # of an architecture without a miniature, or with a forward of its own kind
 
 
+def picked(states: torch.Tensor, chosen: Any) -> torch.Tensor:
+    """
+    Entries of `states`, on its device: that of the last layers, if a model is split over devices.
+
+    Args:
+        states (`torch.Tensor`): shape (rows, length, ...).
+        chosen (`torch.Tensor` or `tuple`): bool, shape (rows, length); or indices of rows and of positions.
+    """
+    if isinstance(chosen, tuple):
+        return states[tuple(index.to(states.device) for index in chosen)]
+    return states[chosen.to(states.device)]
+
+
 def run_backbone(parts: Parts, inputs: dict[str, Any], layers: tuple[int, ...] = ()) -> tuple[torch.Tensor, ...]:
     """
     The last hidden state, and behind it those after each of `layers` (counted from 1; the last layer's is the last
@@ -157,4 +192,4 @@ def _depth(parts: Parts) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-__all__ = ["Parts", "decoder_layers", "find_parts", "run_backbone", "unwrapped"]
+__all__ = ["Parts", "decoder_layers", "find_parts", "parts_or_warning", "picked", "run_backbone", "unwrapped"]

@@ -2,7 +2,8 @@
 Distillation objectives as pure functions of log-probabilities (DESIGN: "Distillation objectives").
 
 p is the teacher's distribution, q the student's. The last axis holds the vocabulary, or, for a cached teacher, its k
-most likely tokens and one entry for all others: every function works on either.
+most likely tokens and one entry for all others: every function works on either. Log-probabilities are finite;
+[`bounded`] makes those of ruled-out tokens so.
 """
 
 from __future__ import annotations
@@ -13,6 +14,19 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
+
+_LEAST_LOG_PROB = -1e4  # float32 has no probability below exp(-104)
+
+
+def bounded(log_probs: torch.Tensor) -> torch.Tensor:
+    """
+    Log-probabilities with a finite one, of probability 0, for tokens that a model rules out with logits of -inf.
+
+    With both models' -inf a divergence would be 0 log 0/0, which is nan in place of 0. Where one model rules out what
+    the other does not, a KL divergence is as large as the bound makes it: probability times 10,000.
+    """
+    return log_probs.clamp(min=_LEAST_LOG_PROB)
 
 
 def forward_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
@@ -199,7 +213,7 @@ def distillation_loss(
     if weight < 1:
         q = F.log_softmax(student / objective.temperature, dim=-1)
         p = F.log_softmax(teacher_logits[..., :vocab].float() / objective.temperature, dim=-1)
-        value = objective.divergence(q, p).sum()
+        value = objective.divergence(bounded(q), bounded(p)).sum()
         total = total + (1 - weight) * value
         divergence = value.detach()
     return total, divergence
@@ -209,6 +223,7 @@ __all__ = [
     "DIVERGENCES",
     "Objective",
     "adaptive_kl",
+    "bounded",
     "distillation_loss",
     "forward_kl",
     "generalized_jsd",

@@ -45,22 +45,29 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, placement:
     Put the teacher, frozen and in evaluation mode, where it shall run.
 
     Args:
-        teacher (`PreTrainedModel`): on the CPU, or as ZeRO-3 has loaded it.
+        teacher (`PreTrainedModel`): on the CPU, or as ZeRO-3 has loaded it, or spread over devices by `device_map`.
         accelerator (`Accelerator`): the student's.
         placement (`str`, *optional*, defaults to `"auto"`): `"replicate"`: whole on every device; `"shard"`: an
             n-th on each of n devices, by DeepSpeed under ZeRO-3 and by torch's `fully_shard` otherwise, and one layer
             whole at a time (under ZeRO-3 up to two); `"offload"`: in the CPU's memory, one layer on the device at a
-            time; `"auto"`: see [`choose_placement`].
+            time; `"auto"`: see [`choose_placement`]. With `"auto"` and `"replicate"` a teacher that is spread over
+            devices stays where it is.
 
     Returns:
         `nn.Module`: to be called in place of the teacher; its parameters are the teacher's.
 
     Raises:
-        ValueError: see [`choose_placement`].
+        ValueError: see [`choose_placement`]; or the teacher is spread over devices, and there are several processes
+            or another placement is asked for.
     """
+    spread = len(set((getattr(teacher, "hf_device_map", None) or {}).values())) > 1
+    if spread:
+        _check_spread(teacher, accelerator, placement)
     placement = choose_placement(placement, accelerator)
     teacher.requires_grad_(False)
     teacher.eval()
+    if spread:
+        return teacher
     if _zero_stage(accelerator) == 3:
         return _zero3(teacher, accelerator, offload=placement == "offload")
     if placement == "offload":
@@ -70,6 +77,20 @@ def place_teacher(teacher: PreTrainedModel, accelerator: Accelerator, placement:
     if placement == "shard" and accelerator.num_processes > 1:
         return _fully_shard(teacher, accelerator)
     return teacher.to(accelerator.device)
+
+
+def _check_spread(teacher: Any, accelerator: Accelerator, placement: str) -> None:
+    devices = ", ".join(sorted({str(device) for device in teacher.hf_device_map.values()}))
+    if accelerator.num_processes > 1 or _zero_stage(accelerator) == 3:
+        raise ValueError(
+            f"The teacher was loaded with a device_map over several devices ({devices}), which only one process can "
+            "use, and not under ZeRO-3: leave device_map out and choose teacher_placement='shard' or 'offload'."
+        )
+    if placement not in ("auto", "replicate"):
+        raise ValueError(
+            f"teacher_placement={placement!r} cannot move a teacher that was loaded with a device_map over several "
+            f"devices ({devices}): leave device_map out, or choose 'auto'."
+        )
 
 
 def _zero_stage(accelerator: Accelerator) -> int | None:

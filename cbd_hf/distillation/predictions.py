@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,10 @@ class Head:
         """A context with this head; a sharded model has one of its own, which gathers the weights."""
         return nullcontext(self)
 
+    def to(self, device: torch.device) -> Head:
+        """On another device; the same tensors if they are there already."""
+        return replace(self, weight=_moved(self.weight, device), bias=_moved(self.bias, device))
+
 
 @dataclass(frozen=True)
 class DensePredictions:
@@ -46,6 +50,17 @@ class DensePredictions:
     hidden: torch.Tensor
     open_head: Callable[[], AbstractContextManager[Head]]
     layers: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> DensePredictions:
+        """On another device, where its head is put when it is opened."""
+
+        @contextmanager
+        def opened() -> Iterator[Head]:
+            with self.open_head() as head:
+                yield head.to(device)
+
+        layers = tuple(layer.to(device) for layer in self.layers)
+        return DensePredictions(self.hidden.to(device), opened, layers)
 
 
 @dataclass(frozen=True)
@@ -70,6 +85,21 @@ class SparsePredictions:
     weights: torch.Tensor | None = None
     vocab: int | None = None
     layers: tuple[torch.Tensor, ...] = ()
+
+    def to(self, device: torch.device) -> SparsePredictions:
+        """On another device."""
+        return SparsePredictions(
+            self.token_ids.to(device),
+            self.log_probs.to(device),
+            _moved(self.tail, device),
+            _moved(self.weights, device),
+            self.vocab,
+            tuple(layer.to(device) for layer in self.layers),
+        )
+
+
+def _moved(value: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if value is None else value.to(device)
 
 
 Predictions = DensePredictions | SparsePredictions

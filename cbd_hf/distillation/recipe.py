@@ -14,6 +14,7 @@ from typing import Any
 from trl import SFTConfig
 
 from cbd_hf._candidates import safe_name
+from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import SHAPE_OPTIONS
 
@@ -27,15 +28,21 @@ _SPLIT = ("gradient_accumulation_steps", "per_device_train_batch_size")
 
 # Training options that say where and how to run, not what is learnt: a change of these may resume.
 _RUN_ONLY = {
+    "activation_checkpointing",
+    "activation_checkpointing_kwargs",
+    "compile_layers",
     "dataloader_num_workers",
     "dataloader_pin_memory",
     "dataset_num_proc",
     "disable_tqdm",
+    "gradient_checkpointing",  # the other names of activation_checkpointing
+    "gradient_checkpointing_kwargs",
     "hub_token",
     "local_rank",
     "log_level",
     "logging_dir",
     "logging_steps",
+    "max_loss_ratio",
     "output_dir",
     "project",
     "push_to_hub",
@@ -44,6 +51,9 @@ _RUN_ONLY = {
     "save_steps",
     "save_strategy",
     "save_total_limit",
+    "sort_steps_by_length",
+    "teacher_placement",
+    "tokens_per_pass",
     "trackio_space_id",
     "use_cpu",
 }
@@ -132,6 +142,34 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
         if shape and args.calibration_documents < 1:
             raise ValueError("calibration_documents=0, but a cut needs at least 1 to see what it can remove.")
     supervised_options(args.supervised)
+    _check_caches(args, training)
+
+
+def _check_caches(args: BuildArguments, training: StepwiseDistillationConfig) -> None:
+    """A cache holds one teacher's predictions, and every stage has another teacher."""
+    if training.teacher_cache and len(args.anchors) > 1:
+        raise ValueError(
+            f"teacher_cache={training.teacher_cache!r} has the predictions of one teacher, but each of the "
+            f"{len(args.anchors)} stages has its own: give it in the `training` of the anchor whose teacher it is."
+        )
+    for position, anchor in enumerate(args.anchors):
+        directory = (anchor.get("training") or {}).get("teacher_cache", training.teacher_cache)
+        if not directory:
+            continue
+        if not position and args.supervised:
+            raise ValueError(
+                f"teacher_cache={directory!r} has the predictions of the source as it is, but `supervised` trains the "
+                "source first: leave the cache out, or give the anchors their own `supervised` and the recipe none."
+            )
+        stage = stage_training(training, anchor.get("training"), "unused")
+        TeacherCache.from_pretrained(directory).check(
+            temperature=stage.temperature, objective=stage.objective, hidden=stage.hidden_loss_weight > 0
+        )
+
+
+def first_cache(args: BuildArguments, training: StepwiseDistillationConfig) -> str | None:
+    """The cache from which the first anchor is to learn the source's predictions, if any."""
+    return (args.anchors[0].get("training") or {}).get("teacher_cache", training.teacher_cache)
 
 
 def stage_training(
@@ -179,7 +217,7 @@ def recipe_record(
 
     A global batch may be split in another way, over other numbers of processes too, as long as it stays the same.
     """
-    options = {name: value for name, value in training.to_dict().items() if name not in _RUN_ONLY}
+    options = training.to_dict()
     record = {
         **dataclasses.asdict(args),
         "source_sha256": source_digest,
@@ -188,11 +226,23 @@ def recipe_record(
         "rows_per_step": _rows_per_step(args, training),
     }
     record.pop("license")
-    anchors = [part for anchor in record["anchors"] for part in (anchor.get("training"), anchor.get("supervised"))]
-    for part in (options, record["supervised"], *anchors):
-        for name in _SPLIT:
-            (part or {}).pop(name, None)
-    return json.loads(json.dumps(record, default=str))
+    return what_is_learnt(json.loads(json.dumps(record, default=str)))
+
+
+def what_is_learnt(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's record without the options that a continued build may change, as those of older records may be."""
+
+    def kept(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+        if options is None:
+            return None
+        return {name: value for name, value in options.items() if name not in {*_RUN_ONLY, *_SPLIT}}
+
+    anchors = [
+        anchor | {name: kept(anchor[name]) for name in ("supervised", "training") if name in anchor}
+        for anchor in record["anchors"]
+    ]
+    phases = {name: kept(record[name]) for name in ("supervised", "training")}
+    return {**record, **phases, "anchors": anchors}
 
 
 def _rows_per_step(args: BuildArguments, training: StepwiseDistillationConfig) -> dict[str, int]:
@@ -231,7 +281,9 @@ __all__ = [
     "BuildArguments",
     "check_recipe",
     "differences",
+    "first_cache",
     "recipe_record",
     "stage_training",
     "supervised_options",
+    "what_is_learnt",
 ]

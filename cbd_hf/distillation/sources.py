@@ -10,7 +10,7 @@ import torch
 
 from cbd_hf._trl import ForwardRedirection
 from cbd_hf.distillation.batching import TEACHER_PREFIX
-from cbd_hf.distillation.heads import decoder_layers, find_parts, run_backbone, unwrapped
+from cbd_hf.distillation.heads import decoder_layers, parts_or_warning, picked, run_backbone, unwrapped
 from cbd_hf.distillation.placement import place_teacher
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 
@@ -66,7 +66,7 @@ class LiveTeacher(TeacherSource):
         layers: Sequence[int] = (),
         compile_layers: bool = False,
     ) -> None:
-        self.parts = find_parts(teacher)
+        self.parts = parts_or_warning(teacher, "teacher")
         if layers and self.parts is None:
             raise ValueError(
                 f"hidden_loss_weight cannot be used with this {teacher.config.model_type}: its hidden states are not "
@@ -89,13 +89,14 @@ class LiveTeacher(TeacherSource):
         with self._no_grad(), self.accelerator.autocast():
             parts = self.parts
             if parts is None:
-                logits = self.model(**inputs, use_cache=False).logits[chosen]
-                return DensePredictions(logits, Head().open)
+                logits = self.model(**inputs, use_cache=False).logits
+                return DensePredictions(picked(logits, chosen).to(chosen.device), Head().open)
             states = ForwardRedirection()(
                 self.model, parts.model, lambda **kwargs: run_backbone(parts, kwargs, self.layers), **inputs
             )
-            last, *layers = (state[chosen] for state in states)
-        return DensePredictions(last, parts.open_head, tuple(layer.clone() for layer in layers))
+            last, *layers = (picked(state, chosen) for state in states)
+        layers = [layer.clone() for layer in layers]
+        return DensePredictions(last, parts.open_head, tuple(layers)).to(chosen.device)
 
 
 class CachedTeacher(TeacherSource):

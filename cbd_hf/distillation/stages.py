@@ -189,6 +189,11 @@ def distil(
     return json.loads(record_path.read_text())
 
 
+def _hidden_loss(config: StepwiseDistillationConfig) -> dict[str, Any]:
+    names = ("hidden_loss_weight", "hidden_loss_layers") if config.hidden_loss_weight else ()
+    return {name: getattr(config, name) for name in names}
+
+
 def stage_record(
     teacher: str, config: StepwiseDistillationConfig, data: Mapping[str, Any], result: Mapping[str, Any], **more: Any
 ) -> dict[str, Any]:
@@ -201,7 +206,10 @@ def stage_record(
             "cross_entropy_weight": config.cross_entropy_weight,
             "lmbda": config.lmbda,
         }
-        | ({"beta": config.beta} if config.objective == "generalized_jsd" else {}),
+        | config.make_objective().options
+        | _hidden_loss(config),
+        "teacher_dtype": str(config.teacher_torch_dtype()).removeprefix("torch."),
+        "teacher_cache": config.teacher_cache,
         "learning_rate": config.learning_rate,
         "data": dict(data),
         "seed": config.seed,

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cbd_hf._trl import ForwardRedirection, disable_dropout_in_model
-from cbd_hf.distillation.heads import Parts, find_parts, run_backbone, unwrapped
+from cbd_hf.distillation.heads import Parts, parts_or_warning, picked, run_backbone, unwrapped
 from cbd_hf.distillation.objectives import Objective
 from cbd_hf.distillation.predictions import Head, Predictions
 from cbd_hf.distillation.tiles import tiled_loss
@@ -143,7 +143,7 @@ class StudentLoss:
         self.objective = objective
         self.layers = tuple(layers)
         self.hidden_weight = hidden_weight
-        self.parts = find_parts(model)
+        self.parts = parts_or_warning(model, "student")
         if layers and self.parts is None:
             raise ValueError(
                 "hidden_loss_weight cannot be used with this student: its hidden states are not known to be what its "
@@ -167,8 +167,8 @@ class StudentLoss:
             predictions: of the teacher, for the same positions.
         """
         if self.parts is None:  # the model's own forward makes the logits
-            logits = wrapped(**inputs, use_cache=False).logits[chosen]
-            total, divergence = tiled_loss(logits, Head(), predictions, labels, self.objective)
+            logits = picked(wrapped(**inputs, use_cache=False).logits, chosen)
+            total, divergence = self._compare(logits, Head(), predictions, labels)
             return LossParts(total, divergence, divergence.new_zeros(()))
         values = ForwardRedirection()(
             wrapped,
@@ -187,19 +187,30 @@ class StudentLoss:
         predictions: Predictions,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         states = run_backbone(parts, inputs, self.layers)
-        last, *layers = (state[chosen] for state in states)
+        last, *layers = (picked(state, chosen) for state in states)
 
         def loss(hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            return tiled_loss(hidden, parts.head_of(parts.head), predictions, labels, self.objective)
+            return self._compare(hidden, parts.head_of(parts.head), predictions, labels)
 
         # By the head's own call, whose hooks gather the weights of a sharded student.
         total, divergence = ForwardRedirection()(parts.head, parts.head, loss, last)
         hidden = divergence.new_zeros(())
         if self.layers:
-            distance = self._distance(layers, predictions)
+            distance = self._distance([state.to(labels.device) for state in layers], predictions)
             total = total + self.hidden_weight * distance
             hidden = distance.detach()
         return total, divergence, hidden
+
+    def _compare(
+        self, hidden: torch.Tensor, head: Head, predictions: Predictions, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        here = labels.device
+        device = hidden.device if head.weight is None else head.weight.device
+        if device != here:  # a student split over devices, whose head lies on another one than its inputs
+            predictions = predictions.to(device)
+        values = tiled_loss(hidden.to(device), head, predictions, labels.to(device), self.objective)
+        total, divergence = (value.to(here) for value in values)
+        return total, divergence
 
     def _distance(self, layers: list[torch.Tensor], predictions: Predictions) -> torch.Tensor:
         # Through the model's attribute: an adapter's wrapper may have put its own module there.

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from cbd_hf.distillation.cache import TeacherCache
 
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from cbd_hf.distillation.config import StepwiseDistillationConfig
+
+
+logger = logging.getLogger(__name__)
+
+# Of a model's init_kwargs, those that say where its files are.
+_WHERE = (
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+)
 
 
 def load_model(
@@ -30,16 +46,42 @@ def load_model(
     return AutoModelForCausalLM.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **kwargs)
 
 
-def find_tokenizer(name_or_path: str | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer saved with a checkpoint; `None` if there is none or no checkpoint is named."""
-    if not name_or_path:
-        return None
-    if Path(name_or_path).is_dir() and not (Path(name_or_path) / "tokenizer_config.json").is_file():
-        return None
+def load_tokenizer(name_or_path: str, init_kwargs: Any, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """
+    The tokenizer of a checkpoint that [`load_model`] loads with the same options: in its `subfolder`, or else above.
+    """
+    options = _hub_options(init_kwargs)
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
     except (OSError, ValueError):
-        return None
+        if not options.pop("subfolder", ""):
+            raise
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **options)
+
+
+def find_tokenizer(
+    name_or_path: str | None, init_kwargs: Any = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """
+    The tokenizer saved with a teacher; `None`, with a warning, if there is none or no checkpoint is named.
+
+    Args as in [`load_tokenizer`].
+    """
+    why = "it was not given, and the teacher does not say where it was loaded from"
+    if name_or_path:
+        folder = Path(name_or_path)
+        places = {folder, folder / (_hub_options(init_kwargs).get("subfolder") or "")}
+        why = f"there is none in {name_or_path}"
+        if not folder.is_dir() or any((place / "tokenizer_config.json").is_file() for place in places):
+            try:
+                return load_tokenizer(name_or_path, init_kwargs, trust_remote_code)
+            except (OSError, ValueError) as error:
+                why = f"it could not be loaded from {name_or_path} ({error})"
+    logger.warning(
+        f"The teacher's tokenizer is not compared with the student's, only the number of tokens: {why}. Give it as "
+        "teacher_processing_class."
+    )
+    return None
 
 
 def check_same_vocabulary(
@@ -83,8 +125,16 @@ def config_of(teacher: PreTrainedModel | str | None, args: StepwiseDistillationC
     if args.teacher_cache or teacher is None:
         return None
     if isinstance(teacher, str):
-        return AutoConfig.from_pretrained(teacher, trust_remote_code=args.trust_remote_code)
+        kwargs: Any = args.teacher_model_init_kwargs or {}
+        if isinstance(kwargs.get("config"), PretrainedConfig):
+            return kwargs["config"]
+        return AutoConfig.from_pretrained(teacher, trust_remote_code=args.trust_remote_code, **_hub_options(kwargs))
     return teacher.config
+
+
+def _hub_options(init_kwargs: Any) -> dict[str, Any]:
+    kwargs = dict(init_kwargs or {})
+    return {name: kwargs[name] for name in _WHERE if name in kwargs}
 
 
 def open_cache(
@@ -99,4 +149,4 @@ def open_cache(
     return cache
 
 
-__all__ = ["check_same_vocabulary", "config_of", "find_tokenizer", "load_model", "open_cache"]
+__all__ = ["check_same_vocabulary", "config_of", "find_tokenizer", "load_model", "load_tokenizer", "open_cache"]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from cbd_hf.distillation.objectives import Objective
+from cbd_hf.distillation.objectives import Objective, bounded
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 
 
@@ -62,7 +62,7 @@ class _TiledLoss(torch.autograd.Function):
         grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
-        low = _multiplies_in_bfloat16(hidden)
+        low = multiplies_in_bfloat16(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             total, divergence, ctx.gradients = _loss_and_gradients(
                 Head(weight, bias, head.scale, head.softcap), hidden, predictions, labels, objective, needs, low
@@ -82,8 +82,15 @@ class _TiledLoss(torch.autograd.Function):
         return *scaled, None, None, None, None, None
 
 
-class _Projection:
-    """A head's logits for a tile, and the way back; the matrix is converted once."""
+class Projection:
+    """
+    A head's logits for a tile, and the way back; the matrix is converted once.
+
+    Args:
+        head ([`Head`]): any float dtype; without gradient.
+        vocab (`int`, *optional*): entries that are taken of it; by default all.
+        low (`bool`): multiply in bfloat16 and add up in float32; else all in float32.
+    """
 
     def __init__(self, head: Head, vocab: int | None, low: bool) -> None:
         self.head = head
@@ -94,6 +101,8 @@ class _Projection:
             self.weight = weight.to(torch.bfloat16 if self.low else torch.float32)
         self.bias = None if head.bias is None else head.bias.detach()[:vocab].float()
         self.vocab = vocab
+        # Finite weights make finite logits: only a bias, or logits made elsewhere, can rule a token out.
+        self.masks = self.weight is None or (self.bias is not None and bool((self.bias == -torch.inf).any()))
 
     def raw(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden @ weight.T + bias` in float32."""
@@ -128,7 +137,8 @@ class _Projection:
         return left.float() @ right.float()
 
 
-def _rows(head: Head, hidden: torch.Tensor) -> int:
+def head_rows(head: Head, hidden: torch.Tensor) -> int:
+    """Entries of a head's vocabulary."""
     return hidden.shape[-1] if head.weight is None else head.weight.shape[0]
 
 
@@ -142,10 +152,10 @@ def _vocab(own: int, predictions: Predictions, teacher: Head | None) -> int:
             )
         return theirs
     assert teacher is not None
-    return min(own, _rows(teacher, predictions.hidden))
+    return min(own, head_rows(teacher, predictions.hidden))
 
 
-def _multiplies_in_bfloat16(hidden: torch.Tensor) -> bool:
+def multiplies_in_bfloat16(hidden: torch.Tensor) -> bool:
     """Whether products take bfloat16 and add up in float32; to be asked inside the caller's autocast."""
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
@@ -153,7 +163,8 @@ def _multiplies_in_bfloat16(hidden: torch.Tensor) -> bool:
     return device == "cuda" and dtype == torch.bfloat16
 
 
-def _tiles(positions: int, vocab: int, device: torch.device) -> Iterator[slice]:
+def tile_slices(positions: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    """Positions in slices whose logits stay in a CPU's cache, or small on a GPU."""
     size = max(1, _TILE_VALUES.get(device.type, _TILE_VALUES_ELSEWHERE) // vocab)
     return (slice(start, start + size) for start in range(0, positions, size))
 
@@ -184,19 +195,19 @@ def _over_tiles(
     low: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
     hidden = hidden.detach()
-    vocab = _vocab(_rows(head, hidden), predictions, teacher)
-    own = _Projection(head, vocab, low)
+    vocab = _vocab(head_rows(head, hidden), predictions, teacher)
+    own = Projection(head, vocab, low)
     theirs = None
     if teacher is not None and objective.cross_entropy_weight < 1:
         assert isinstance(predictions, DensePredictions)
-        theirs = _Projection(teacher, vocab, low or _multiplies_in_bfloat16(predictions.hidden))
+        theirs = Projection(teacher, vocab, low or multiplies_in_bfloat16(predictions.hidden))
     gradients = [
         torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
         for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
     ]
     total = hidden.new_zeros((), dtype=torch.float32)
     divergence = total.clone()
-    for rows in _tiles(hidden.shape[0], vocab, hidden.device):
+    for rows in tile_slices(hidden.shape[0], vocab, hidden.device):
         raw = own.raw(hidden[rows]).requires_grad_(any(needs))
         with torch.set_grad_enabled(any(needs)):
             logits = own.scaled(raw)
@@ -208,7 +219,8 @@ def _over_tiles(
             with torch.no_grad():
                 target = None if theirs is None else theirs.scaled(theirs.raw(predictions.hidden[rows]))
             with torch.set_grad_enabled(any(needs)):
-                value, part = _dense_tile(logits, target, labels[rows], objective)
+                masks = (own.masks, theirs is not None and theirs.masks)
+                value, part = _dense_tile(logits, target, labels[rows], objective, masks)
             gradient = torch.autograd.grad(value, raw)[0] if any(needs) else None
         total += value.detach()
         divergence += part
@@ -226,15 +238,22 @@ def _over_tiles(
 
 
 def _dense_tile(
-    logits: torch.Tensor, target: torch.Tensor | None, labels: torch.Tensor, objective: Objective
+    logits: torch.Tensor,
+    target: torch.Tensor | None,
+    labels: torch.Tensor,
+    objective: Objective,
+    masks: tuple[bool, bool] = (True, True),
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The objective and the divergence of a tile; the first is differentiable by `logits`."""
+    """
+    The objective and the divergence of a tile; the first is differentiable by `logits`. `masks`: whether logits of the
+    student and of the teacher may be -inf.
+    """
     weight, temperature = objective.cross_entropy_weight, objective.temperature
     q = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
     total = part = logits.new_zeros(())
     if target is not None:
         p = F.log_softmax(target if temperature == 1 else target / temperature, dim=-1)
-        value = objective.divergence(q, p).sum()
+        value = objective.divergence(bounded(q) if masks[0] else q, bounded(p) if masks[1] else p).sum()
         total, part = (1 - weight) * value, value.detach()
     if weight:
         log_probs = q if temperature == 1 else F.log_softmax(logits, dim=-1)
@@ -272,13 +291,14 @@ def _sparse_tile(
             scaled.scatter_(-1, ids, chosen)
             entries.append(rest.clamp_(min=_LEAST_LOG))
             targets.append(predictions.tail[rows, None].clamp(min=_LEAST_LOG))
-        log_q, log_p = torch.cat(entries, -1), torch.cat(targets, -1)
+        log_q, log_p = torch.cat(entries, -1), bounded(torch.cat(targets, -1))
         with torch.enable_grad():
             log_q.requires_grad_(needs_gradient)
+            bounded_q = bounded(log_q)
             if predictions.weights is None:
-                value = objective.divergence(log_q, log_p).sum()
+                value = objective.divergence(bounded_q, log_p).sum()
             elif objective.name == "forward_kl":
-                value = (predictions.weights[rows] * (log_p - log_q)).sum() * temperature**2
+                value = (predictions.weights[rows] * (log_p - bounded_q)).sum() * temperature**2
             else:
                 raise ValueError(
                     f"objective={objective.name!r} cannot be estimated from tokens sampled from the teacher; "
@@ -307,4 +327,4 @@ def _sparse_tile(
     return total, part, gradient
 
 
-__all__ = ["tiled_loss"]
+__all__ = ["Projection", "head_rows", "multiplies_in_bfloat16", "tile_slices", "tiled_loss"]

@@ -3,39 +3,37 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hf._trl import (
     DataCollatorForLanguageModeling,
     GKDTrainer,
     unwrap_model_for_generation,
 )
-from cbd_hf.distillation.anchors import write_anchor
+from cbd_hf.distillation.accounting import AccountingTrainer
+from cbd_hf.distillation.anchors import check_savable, write_anchor
 from cbd_hf.distillation.batching import (
-    BLANK,
     EXAMPLE_ID,
     TEACHER_PREFIX,
     TEACHER_ROW,
     DistillationCollator,
-    StepSampler,
-    has_blank_row,
+    fills_steps,
     is_blank,
     numbered,
-    row_lengths,
     split_batch,
+    step_sampler,
     with_blank_row,
 )
 from cbd_hf.distillation.columns import IGNORED, check_datasets
 from cbd_hf.distillation.config import StepwiseDistillationConfig
-from cbd_hf.distillation.guards import LossGuard
 from cbd_hf.distillation.on_policy import draw_on_policy, on_policy_examples, prompt_of, sample_completions
 from cbd_hf.distillation.packing import check_packing
 from cbd_hf.distillation.preparation import supervise_conversations
@@ -45,19 +43,25 @@ from cbd_hf.distillation.sources import (
     TeacherSource,
     compile_decoder_layers,
 )
-from cbd_hf.distillation.student import LossParts, StudentLoss, add_projection, disable_dropout
-from cbd_hf.distillation.teacher import check_same_vocabulary, config_of, find_tokenizer, load_model, open_cache
+from cbd_hf.distillation.student import StudentLoss, add_projection, disable_dropout
+from cbd_hf.distillation.teacher import (
+    check_same_vocabulary,
+    config_of,
+    find_tokenizer,
+    load_model,
+    load_tokenizer,
+    open_cache,
+)
 
 
 if TYPE_CHECKING:
     from peft import PeftConfig
     from transformers import EvalPrediction, TrainerCallback
-    from transformers.trainer_utils import EvalLoopOutput
 
 AnyDataset: TypeAlias = Dataset | IterableDataset
 
 
-class StepwiseDistillationTrainer(GKDTrainer):
+class StepwiseDistillationTrainer(AccountingTrainer):
     """
     Distils a teacher into a student of the same vocabulary.
 
@@ -70,7 +74,8 @@ class StepwiseDistillationTrainer(GKDTrainer):
     Args:
         model (`PreTrainedModel` or `str`): the student; a path or Hub id is loaded.
         teacher_model (`PreTrainedModel` or `str`, *optional*): defaults to `args.teacher_model_name_or_path`. Not
-            needed with `args.teacher_cache`; if a directory is given as well, its weights must be the cached ones.
+            needed with `args.teacher_cache`; if a directory is given as well, its weights must be the cached ones. A
+            model is used itself, not a copy: it is frozen and moved, and converted if `args.teacher_dtype` is set.
         args ([`StepwiseDistillationConfig`], *optional*): options.
         data_collator (`Callable`, *optional*): by default right-padding.
         train_dataset (`Dataset` or `IterableDataset`): see above.
@@ -83,16 +88,25 @@ class StepwiseDistillationTrainer(GKDTrainer):
 
     Raises:
         ValueError: no teacher, a teacher of another tokenizer, a cache that does not belong to the tokenizer, the
-            options or the data, or a dataset without the needed columns.
+            options or the data, a dataset without the needed columns, or a student with quantized weights.
     """
 
-    args: StepwiseDistillationConfig
-    model: PreTrainedModel
     processing_class: PreTrainedTokenizerBase
     teacher: TeacherSource
 
     _tag_names = ["trl", "gkd", "cbd"]
     _name = "Stepwise Distillation"
+    _paper = {
+        "title": "Chain-based Distillation",
+        "id": "2605.07783",
+        "citation": textwrap.dedent("""\
+            @article{chain_based_distillation_2026,
+                title        = {{Chain-based Distillation}},
+                year         = 2026,
+                journal      = {arXiv preprint arXiv:2605.07783},
+                url          = {https://arxiv.org/abs/2605.07783},
+            }"""),
+    }
     # The loss is already divided by the tokens of the whole accumulated batch.
     loss_is_scaled_for_ga: bool | None = True  # type: ignore[assignment]
 
@@ -125,12 +139,14 @@ class StepwiseDistillationTrainer(GKDTrainer):
             check_datasets(args, train_dataset, eval_dataset)
         student_path = model if isinstance(model, str) else model.config._name_or_path
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(student_path, trust_remote_code=args.trust_remote_code)
+            kwargs = args.model_init_kwargs if isinstance(model, str) else None
+            processing_class = load_tokenizer(student_path, kwargs, args.trust_remote_code)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
         self._cache = open_cache(args, processing_class, teacher_model)
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, args.trust_remote_code, torch.float32)
+        check_savable(model)
         if getattr(peft_config, "is_prompt_learning", False):
             raise ValueError(
                 f"peft_config of type {type(peft_config).__name__} learns prompts, which cannot be merged into an "
@@ -164,6 +180,7 @@ class StepwiseDistillationTrainer(GKDTrainer):
             peft_config=peft_config,
             formatting_func=formatting_func,
         )
+        self._leave_router_loss_out()
         # Not in _prepare_dataset, which an option skips.
         self.train_dataset = numbered(self.train_dataset, self._cache)
         self.eval_dataset = numbered(self.eval_dataset, self._cache)
@@ -188,26 +205,31 @@ class StepwiseDistillationTrainer(GKDTrainer):
         self._student_loss = StudentLoss(student, args.make_objective(), layers[0], args.hidden_loss_weight)
         if args.compile_layers:
             compile_decoder_layers(student)
-        self._sums: dict[str, torch.Tensor] = {}
         self._tokens_per_pass = self._choose_tokens_per_pass()
-        self._guard = LossGuard(args.max_loss_ratio, args.output_dir)
-        self._step_loss: torch.Tensor | float = 0.0
-        self._step_examples: list[int] = []
+        self._start_accounting()
 
     def _live_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase | None, layers: list[int]) -> LiveTeacher:
         args = self.args
+        kwargs = args.teacher_model_init_kwargs
         if isinstance(teacher, str):
             path: str | None = teacher
-            dtype = args.teacher_torch_dtype()
-            teacher = load_model(teacher, args.teacher_model_init_kwargs, args.trust_remote_code, dtype)
+            teacher = load_model(teacher, kwargs, args.trust_remote_code, args.teacher_torch_dtype())
         else:
             path = teacher.config._name_or_path
-            if args.teacher_model_init_kwargs:
+            if kwargs:
                 raise ValueError("teacher_model_init_kwargs only applies to a teacher given by path or Hub id.")
             if args.teacher_dtype not in (None, "auto"):
                 teacher = teacher.to(args.teacher_torch_dtype())
-        check_same_vocabulary(self.model, teacher, self.processing_class, tokenizer or find_tokenizer(path))
+        tokenizer = tokenizer or find_tokenizer(path, kwargs, args.trust_remote_code)
+        check_same_vocabulary(self.model, teacher, self.processing_class, tokenizer)
         return LiveTeacher(teacher, self.accelerator, args.teacher_placement, layers, args.compile_layers)
+
+    def _leave_router_loss_out(self) -> None:
+        # TRL has switched it on for a mixture of experts, whose config then also says so where it is saved.
+        text = self.model.config.get_text_config()
+        if hasattr(text, "output_router_logits"):
+            text.output_router_logits = False
+        self.aux_loss_enabled = False
 
     def _prepare_dataset(
         self,
@@ -227,37 +249,17 @@ class StepwiseDistillationTrainer(GKDTrainer):
         self._signature_columns: Any = list(dict.fromkeys([*columns, EXAMPLE_ID, TEACHER_ROW]))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        args = self.args
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        strategy = args.train_sampling_strategy
-        if not self._fills_steps(dataset):
+        if not fills_steps(dataset, self.args):
             return super()._get_train_sampler(train_dataset)
-        lengths = row_lengths(dataset)
-        if has_blank_row(dataset):
-            lengths = lengths[:-1]
-        if args.dataloader_drop_last and len(lengths) < step_size:
-            raise ValueError(
-                f"dataloader_drop_last=True leaves nothing of {len(lengths)} rows, which are less than a step of "
-                f"{step_size}: lower per_device_train_batch_size or gradient_accumulation_steps."
-            )
-        return StepSampler(
-            lengths,
-            step_size,
-            args.seed if args.data_seed is None else args.data_seed,
-            shuffle=strategy == "random",
-            sort=args.sort_steps_by_length,
-            multiple=args.train_batch_size * args.world_size if has_blank_row(dataset) else 1,
-            drop_last=args.dataloader_drop_last,
-        )
-
-    def _fills_steps(self, dataset: Any) -> bool:
-        return isinstance(dataset, Dataset) and self.args.train_sampling_strategy in ("random", "sequential")
+        return step_sampler(dataset, self.args)
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        if self._cache is not None and TEACHER_ROW not in (getattr(dataset, "column_names", None) or ()):
+            dataset = numbered(dataset, self._cache)  # of evaluate() or predict(), which may be given others
         taken = self.args.train_batch_size * self.args.world_size  # at once
         uneven = self.args.world_size > 1 and not self.args.dataloader_drop_last
-        if kwargs.get("is_training") and self._fills_steps(dataset) and uneven and len(dataset) % taken:
+        if kwargs.get("is_training") and fills_steps(dataset, self.args) and uneven and len(dataset) % taken:
             dataset = with_blank_row(dataset)
         return super()._get_dataloader(dataset, *args, **kwargs)
 
@@ -270,24 +272,12 @@ class StepwiseDistillationTrainer(GKDTrainer):
             return batches, None
         if draw_on_policy(self.lmbda, self.args.seed, self.state.global_step):
             batches = self._sample_batches(batches)
-        self._step_loss = 0.0
-        self._step_examples = [
-            example
-            for batch in batches
-            for example in batch.get(EXAMPLE_ID, torch.empty(0)).tolist()
-            if example != BLANK
-        ]
+        self._begin_step(batches)
         tokens = torch.stack([(batch["labels"][:, 1:] != IGNORED).sum() for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             tokens = self.accelerator.reduce(tokens, "sum")
         tokens = tokens / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())  # ranks with the same batch
         return batches, tokens.clamp(min=1)
-
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if is_blank(inputs):  # not left out: processes count together
-            names = ("input_ids", "attention_mask")
-            inputs = {name: inputs[name][:, :0] for name in names if name in inputs}
-        super()._track_num_input_tokens(inputs)
 
     def _sample_batches(self, batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
         """The same micro-batches with each answer replaced by one that the student sampled."""
@@ -400,70 +390,6 @@ class StepwiseDistillationTrainer(GKDTrainer):
         with torch.no_grad():
             return loss, model(**inputs, use_cache=False)
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """As in `Trainer`, with the loss per supervised token: not the mean of the batches' means."""
-        self._sums.pop("eval", None)  # of predict(), which logs nothing
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        if output.metrics is not None and "eval" in self._sums:
-            total, _, _, tokens, _ = self.accelerator.reduce(self._sums["eval"], "sum").tolist()
-            output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
-        return output
-
-    def _watch(self, loss: torch.Tensor) -> None:
-        """Stop at a bad loss of the whole step, before its last backward and so before the weights change."""
-        self._step_loss += loss
-        if self.accelerator.sync_gradients:
-            step_loss = self.accelerator.reduce(self._step_loss, "mean")
-            # Of all processes: what is listed are the rows of the global batch.
-            examples = gather_object(self._step_examples)
-            self._guard.check(step_loss.item(), self.state.global_step + 1, examples)
-
-    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if norm is not None and not self.args.fp16:  # the loss scaler of fp16 skips what overflows
-            self._guard.check_gradient(norm)
-        return norm
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self._guard.save(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self._guard.load(checkpoint)
-
-    def _count(self, parts: LossParts, tokens: int, seen: torch.Tensor | int) -> None:
-        """Add to the sums that the next log divides; kept on the device until then."""
-        mode = "train" if self.model.training else "eval"
-        values = [parts.total.detach(), parts.divergence, parts.hidden, torch.tensor(tokens), torch.as_tensor(seen)]
-        sums = torch.stack([value.to(self.accelerator.device, torch.float32) for value in values])
-        self._sums[mode] = self._sums.get(mode, 0) + sums.to(_summing_dtype(sums.device))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As in `SFTTrainer`, with `divergence` and `hidden_loss` per supervised token since the last log."""
-        mode = "train" if self.model.training else "eval"
-        sums = self._sums.pop(mode, None)
-        if sums is not None:
-            _, divergence, hidden, tokens, seen = self.accelerator.reduce(sums, "sum").tolist()
-            metrics = self._metrics[mode]
-            if self.args.cross_entropy_weight < 1:
-                metrics["divergence"] = [divergence / max(tokens, 1)]
-            if self.args.hidden_loss_weight:
-                metrics["hidden_loss"] = [hidden / max(tokens, 1)]
-            if mode == "train":
-                self._total_train_tokens += int(seen) // self.get_tp_size()
-            metrics["num_tokens"] = [self._total_train_tokens]
-        super().log(logs, start_time)
-
     def save_anchor(self, output_dir: str | Path) -> None:
         """
         Save the student as a plain checkpoint with its tokenizer; an adapter is merged. Call it on every process.
@@ -477,10 +403,6 @@ class StepwiseDistillationTrainer(GKDTrainer):
             write_anchor(student, state, output_dir)
             self.processing_class.save_pretrained(output_dir)
         self.accelerator.wait_for_everyone()
-
-
-def _summing_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 __all__ = ["StepwiseDistillationTrainer"]

@@ -75,7 +75,7 @@ module.append_anchor(sys.argv[1], sys.argv[2], name="medium")
 """
 
 
-@pytest.mark.parametrize("point", ["commit_directory", "write_manifest", "atomic_write_text"])
+@pytest.mark.parametrize("point", ["commit_directory", "atomic_write_text", "write_manifest", "written"])
 def test_append_survives_a_kill(
     checkpoints: dict[str, Path], tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,14 +86,18 @@ def test_append_survives_a_kill(
         assert subprocess.run(command, capture_output=True, check=False).returncode == 9
     else:
         # Nothing is left to clean up at these points, so that an exception leaves what a kill leaves.
+        write = chain_module.write_manifest
+
         def stop(*args: Any) -> None:
+            if point == "written":
+                write(*args)
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(chain_module, point, stop)
+            patch.setattr(chain_module, "write_manifest" if point == "written" else point, stop)
             append_anchor(root, checkpoints["medium"], name="medium")
     # chain.json is the commit point: before it the chain is the old one, after it the new one.
-    committed = point == "atomic_write_text"
+    committed = point == "written"
     chain = DistillationChain.from_pretrained(root, verify="full")
     assert [anchor.name for anchor in chain] == (["large", "medium"] if committed else ["large"])
     assert len(list((root / "anchors").iterdir())) == 2

@@ -251,6 +251,10 @@ def test_training_memory(configs: list[Path], tmp_path: Path, capsys: pytest.Cap
     ]
     plan = plan_of(options, capsys)
     assert plan["workload"]["dtype"] == "bfloat16" and plan["workload"]["max_length"] == 32
+    for path in tmp_path.glob("*/config.json"):  # builds on a GPU compute in bfloat16, however weights are stored
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}))
+    found = [plan_of([*options, *more], capsys) for more in ([], ["--device", "cpu"], ["--dtype", "float16"])]
+    assert [plan["workload"]["dtype"] for plan in found] == ["bfloat16", "float32", "float16"]
     assert [stage["total"] for stage in plan["stages"]] == [sum(stage["parts"].values()) for stage in plan["stages"]]
     # The source is the first teacher.
     tiny_config("qwen3", layers=6, heads=6).save_pretrained(tmp_path / "large")

@@ -12,14 +12,19 @@ from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, PreTrainedModel
 
+from cbd_hf import StepwiseDistillationTrainer
+from cbd_hf._trl import DataCollatorForLanguageModeling
 from cbd_hf.distillation import tiles
 from cbd_hf.distillation.batching import DistillationCollator, StepSampler, number_examples, row_lengths, trimmed
 
-from ..models import VOCAB, answers_dataset, random_model, tiny_config, words
+from ..models import VOCAB, answers_dataset, random_model, tiny_config, tiny_tokenizer, words
 from .helpers import (
     KINDS,
+    W0,
     assert_same_gradients,
     dense_mean,
+    everything,
+    make_config,
     make_trainer,
     student_model,
     teacher_model,
@@ -235,6 +240,30 @@ def test_lengths_of_rows() -> None:
     assert row_lengths(dataset.select([3, 1, 49])) == [3, 1, 0]
     sampler = StepSampler([3, 1, 2, 5, 4], 2, shuffle=False)
     assert list(sampler) == [0, 1, 3, 2, 4] and len(sampler) == 5
+
+
+def test_rows_that_only_the_collator_tokenizes(tmp_path: Path) -> None:
+    """Their lengths are not known, so that they are taken in the usual order."""
+    tokenizer = tiny_tokenizer()
+    pad = DataCollatorForLanguageModeling(pad_token_id=1)
+
+    def tokenized(rows: list[dict[str, str]]) -> dict[str, Any]:
+        return pad([{"input_ids": tokenizer(row["text"])["input_ids"]} for row in rows])
+
+    data = Dataset.from_list([{"text": "w1 w2 w3"}, {"text": "w4 w5"}])
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "remove_unused_columns": False}
+    trainer = StepwiseDistillationTrainer(
+        student_model(),
+        teacher_model(),
+        make_config(tmp_path, **options),
+        data_collator=tokenized,
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    rows = [everything([W0 + 1, W0 + 2, W0 + 3]), everything([W0 + 4, W0 + 5])]
+    expected = dense_mean(student_model(), teacher_model(), rows, VOCAB)
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_workers(tmp_path: Path) -> None:

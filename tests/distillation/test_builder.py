@@ -15,15 +15,19 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from safetensors.torch import load_file
 
 from cbd_hf import DistillationChain, StepwiseDistillationConfig
 from cbd_hf.distillation.builder import build_chain
 from cbd_hf.distillation.checkpoints import last_complete_checkpoint
 from cbd_hf.distillation.cutting import cut_config
+from cbd_hf.distillation.guards import LossError, LossGuard
 from cbd_hf.distillation.recipe import BuildArguments
+from cbd_hf.distillation.stages import stage_record
 
 from ..models import random_model, tiny_config, tiny_tokenizer, words
+from .cache import helpers as cache_helpers
 
 
 ROOT = Path(__file__).parents[2]
@@ -179,6 +183,57 @@ def test_changed_recipe_is_refused(
     with pytest.raises(ValueError, match=message):
         build(recipe(material, tmp_path / "chain", max_steps=1) | change)
     assert (tmp_path / "chain/chain.json").read_bytes() == before
+
+
+def test_a_stop_by_a_bad_loss_says_how_to_go_on(
+    material: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(self: LossGuard, loss: float, step: int, example_ids: Any) -> None:
+        if step == 3 and self.factor == 100:
+            raise LossError("bad")
+
+    monkeypatch.setattr(LossGuard, "check", check)
+    values = recipe(material, tmp_path / "chain", anchors=ANCHORS[:1], teacher_dtype="float32")
+    with pytest.raises(LossError, match="(?s)bad.*stage, mid.*raise max_loss_ratio and run the same command again"):
+        build(values)
+    with pytest.raises(ValueError, match=r"(?s)learning_rate: was 0\.001, is 0\.002.*max_loss_ratio"):
+        build(values | {"learning_rate": 2e-3})
+    (anchor,) = build(values | {"max_loss_ratio": 1000.0})
+    assert anchor.stage["steps"] == 4 and anchor.stage["teacher_dtype"] == "float32"
+
+
+def test_the_first_stage_from_a_cache(material: dict[str, str], tmp_path: Path) -> None:
+    rows = Dataset.from_json(material["dataset"])
+    options = {"max_length": 32, "eval_documents": 0, "objective": "skew_forward_kl", "skew": 0.2}
+    config = cache_helpers.training_config(tmp_path, max_length=32)
+    cache_helpers.build(Path(material["source"]), tmp_path / "cache", rows, config=config)
+    directory = str(tmp_path / "cache")
+    anchors = [{"name": "mid", "num_hidden_layers": 4, "training": {"teacher_cache": directory}}]
+    chain = build(recipe(material, tmp_path / "chain", anchors=anchors, **options))
+    assert chain["mid"].stage["teacher_cache"] == directory
+    assert chain["mid"].stage["objective"]["skew"] == 0.2
+    with pytest.raises(ValueError, match="sorts the source's coordinates first"):
+        build(recipe(material, tmp_path / "other", anchors=[anchors[0] | {"hidden_size": 24}], **options))
+    other = cache_helpers.save_teacher(tmp_path / "teacher")
+    cache_helpers.build(other, tmp_path / "cache of another", rows, config=config)
+    anchors[0]["training"] = {"teacher_cache": str(tmp_path / "cache of another")}
+    with pytest.raises(ValueError, match="are not those of the teacher cache"):
+        build(recipe(material, tmp_path / "other", anchors=anchors, **options))
+    assert not (tmp_path / "other").exists() and not (tmp_path / "other.build").exists()
+
+
+def test_records_of_the_loss(tmp_path: Path) -> None:
+    def record(**options: Any) -> dict[str, Any]:
+        config = StepwiseDistillationConfig(output_dir=str(tmp_path), report_to="none", **options)
+        return stage_record("teacher", config, {}, {})
+
+    plain = record()
+    assert set(plain["objective"]) == {"name", "temperature", "cross_entropy_weight", "lmbda"}
+    assert plain["teacher_cache"] is None
+    assert record(objective="generalized_jsd", beta=0.3)["objective"]["beta"] == 0.3
+    assert record(objective="adaptive_kl", adaptive_head_mass=0.4)["objective"]["head_mass"] == 0.4
+    hidden = record(hidden_loss_weight=0.5, hidden_loss_layers=[2])["objective"]
+    assert (hidden["hidden_loss_weight"], hidden["hidden_loss_layers"]) == (0.5, [2])
 
 
 def test_changed_anchor_is_refused(material: dict[str, str], tmp_path: Path) -> None:

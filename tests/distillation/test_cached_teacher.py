@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from datasets import Dataset
 
-from cbd_hf.distillation.cache import CacheSettings, build_cache
+from cbd_hf.distillation.cache import CacheSettings, TeacherCache, build_cache
 from cbd_hf.distillation.sources import CachedTeacher
 
 from ..models import VOCAB, answers_dataset, tiny_tokenizer
@@ -106,6 +107,31 @@ def test_evaluation(made: Path, tmp_path: Path) -> None:
     )
     assert cached["eval_loss"] == pytest.approx(live["eval_loss"], rel=1e-4)
     assert cached["eval_divergence"] == pytest.approx(live["eval_divergence"], rel=1e-4)
+
+
+def test_evaluation_of_datasets_that_come_later(made: Path, tmp_path: Path) -> None:
+    part = make_trainer(tmp_path).train_dataset.remove_columns("example_id").select([1, 2, 9])
+    live, cached = (make_trainer(tmp_path, **teacher) for teacher in ({}, {"teacher_cache": str(made / "whole")}))
+    expected = live.evaluate(part)["eval_loss"]
+    assert cached.evaluate(part)["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    assert cached.evaluate({"late": part})["eval_late_loss"] == pytest.approx(expected, rel=1e-4)
+    assert cached.predict(part).metrics["test_loss"] == pytest.approx(expected, rel=1e-4)
+    foreign = make_trainer(tmp_path, answers_dataset(4, seed=5)).train_dataset
+    with pytest.raises(ValueError, match="4 of 4 rows are not in the teacher cache"):
+        cached.evaluate(foreign)
+
+
+def test_a_cache_of_a_teacher_that_is_spread_over_devices(made: Path, tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    places = dict.fromkeys(["model.embed_tokens", "model.rotary_emb", "model.layers.0", "lm_head"], "cpu")
+    places |= {"model.layers.1": "disk", "model.norm": "disk"}
+    options = {"device_map": places, "offload_folder": tmp_path / "offload"}
+    settings = CacheSettings(k=VOCAB, dtype="float32", hidden="float32")
+    teacher, cache = tmp_path / "teacher", tmp_path / "cache"
+    build_cache(teacher, answers_dataset(), cache, settings, model_init_kwargs=options, progress=False)
+    found, expected = (TeacherCache.from_pretrained(directory).batch([0, 3]) for directory in (cache, made / "whole"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_prepared_rows_are_looked_up(made: Path, tmp_path: Path) -> None:

@@ -114,3 +114,5 @@ def test_checkpoints_of_a_plain_train_have_no_mark(tmp_path: Path) -> None:
     assert last_written_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     assert last_written_checkpoint(tmp_path, before=10) == str(tmp_path / "checkpoint-5")
     assert last_written_checkpoint(tmp_path, before=5) is None
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epoch"')  # the disk was full
+    assert last_written_checkpoint(tmp_path) == str(tmp_path / "checkpoint-5")

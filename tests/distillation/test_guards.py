@@ -85,6 +85,23 @@ def test_gradient() -> None:
         guard.check_gradient(math.nan)
 
 
+def test_examples_are_asked_for_only_to_be_named() -> None:
+    asked: list[int] = []
+
+    def examples() -> list[int]:
+        asked.append(1)
+        return [5, 6]
+
+    guard = LossGuard()
+    guard.check(1.0, 1, examples)
+    assert not asked
+    with pytest.raises(LossError, match=r"Step 1: .*\n.*batch: 5, 6\."):
+        guard.check_gradient(math.inf)
+    with pytest.raises(LossError, match=r"batch: 5, 6\."):
+        guard.check(math.nan, 2, examples)
+    assert len(asked) == 2
+
+
 def test_resumes_with_its_history(tmp_path: Path) -> None:
     guard_after([2.0] * 12).save(tmp_path)
     guard = LossGuard(10.0)

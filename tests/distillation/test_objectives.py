@@ -371,6 +371,57 @@ def test_far_apart_distributions_stay_finite(objective: str, k: int | None) -> N
     assert bool(torch.isfinite(gradient).all())
 
 
+def ruled_out(*sides: str, seed: int = 0) -> dict[str, tuple[torch.Tensor, Head]]:
+    """Hidden states and heads, of which those of `sides` rule the first two tokens out by their bias."""
+    found = {}
+    for number, (side, width) in enumerate(WIDTHS.items()):
+        bias = randn(VOCAB, seed=seed + 20 + number)
+        if side in sides:
+            bias[:2] = -torch.inf
+        found[side] = (randn(POSITIONS, width, seed=number), Head(randn(VOCAB, width, seed=number + 5), bias))
+    return found
+
+
+@pytest.mark.parametrize("k", [None, 4])
+@pytest.mark.parametrize("sides", [("student",), ("teacher",), ("student", "teacher")])
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def test_tokens_that_a_model_rules_out(objective: str, sides: tuple[str, ...], k: int | None) -> None:
+    """0 log 0 is 0, in a head's tiles, in those of logits, with a cache, and of whole logits."""
+    models = ruled_out(*sides)
+    chosen, labels = Objective(objective.split()[0], **OBJECTIVES[objective]), torch.full((POSITIONS,), VOCAB - 1)
+    logits = {side: hidden @ head.weight.T + head.bias for side, (hidden, head) in models.items()}
+    p, q = (torch.softmax(logits[side].double(), dim=-1) for side in ("teacher", "student"))
+    ids = p.topk(VOCAB if k is None else k).indices
+    p, q = (buckets(x, ids) for x in (p, q))
+    # No 0 log 0 in the plain formulas; -690 times what the other model gives a token shows up in the sum.
+    expected = float(plain_divergence(p.clamp(min=1e-300), q.clamp(min=1e-300), chosen.name, **chosen.options))
+    infinite = expected > 200
+    assert not (infinite and len(sides) == 2)
+    teacher = predictions_of(logits["teacher"].double(), *models["teacher"], Way(k=k), 1.0)
+    results = []
+    for heads in (True, False):
+        hidden, head = models["student"]
+        given = hidden.clone() if heads else logits["student"].clone()
+        given.requires_grad_()
+        value, _ = tiled_loss(given, head if heads else Head(), teacher, labels, chosen)
+        (gradient,) = torch.autograd.grad(value, given)
+        assert torch.isfinite(gradient).all()
+        results.append(value.detach())
+    if k is None:
+        results.append(distillation_loss(logits["student"], logits["teacher"], labels, chosen)[0])
+    for value in results:
+        assert torch.isfinite(value)
+        torch.testing.assert_close(value, results[0], rtol=1e-4, atol=1e-4)
+        assert float(value) > 1000 if infinite else float(value) == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_only_a_bias_or_logits_can_rule_out() -> None:
+    head = ruled_out("student")["student"][1]
+    assert tiles.Projection(head, None, low=False).masks and tiles.Projection(Head(), None, low=False).masks
+    for bias in (None, torch.zeros(VOCAB)):
+        assert not tiles.Projection(Head(head.weight, bias), None, low=False).masks
+
+
 def test_samples_estimate_the_forward_divergence_only() -> None:
     teacher = random_logits().double()
     predictions = predictions_of(teacher, teacher, Head(), Way(sampled=True), 1.0)

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from cbd_hf import StepwiseDistillationConfig
-from cbd_hf.distillation.recipe import BuildArguments, differences, recipe_record
+from cbd_hf.distillation.recipe import BuildArguments, check_recipe, differences, recipe_record, what_is_learnt
+
+from .cache import helpers as cache_helpers
 
 
 ANCHORS: list[dict[str, Any]] = [
@@ -49,3 +51,50 @@ def test_the_same_rows_may_be_split_in_another_way(tmp_path: Path, monkeypatch: 
     assert differences(one, two) == []
     three = record(tmp_path, monkeypatch, 2, anchors, per_device_train_batch_size=4, learning_rate=1e-3)
     assert [line.split(":")[0] for line in differences(one, three)] == ["training.learning_rate"]
+
+
+def test_what_is_not_learnt_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {
+        "compile_layers": True,
+        "gradient_checkpointing": False,
+        "max_loss_ratio": 0.0,
+        "save_steps": 3,
+        "sort_steps_by_length": False,
+        "teacher_placement": "offload",
+        "tokens_per_pass": 64,
+    }
+    one = record(tmp_path, monkeypatch)
+    assert differences(one, record(tmp_path, monkeypatch, **changes)) == []
+    anchors = [ANCHORS[0] | {"training": ANCHORS[0]["training"] | changes}, *ANCHORS[1:]]
+    assert differences(one, record(tmp_path, monkeypatch, anchors=anchors)) == []
+    # A build that was begun before they were left out of the record.
+    older = one | {"training": one["training"] | {"max_loss_ratio": 7.0}}
+    assert differences(what_is_learnt(older), one) == []
+
+
+def cached(directory: Path, **options: Any) -> Path:
+    cache_helpers.build(cache_helpers.save_teacher(directory / "teacher"), directory / "cache", **options)
+    return directory / "cache"
+
+
+def test_a_cache_belongs_to_one_stage(tmp_path: Path) -> None:
+    anchors = [{"name": "mid", "num_hidden_layers": 4}, {"name": "small", "num_hidden_layers": 3}]
+    cache = str(cached(tmp_path))
+
+    def check(count: int = 2, own: bool = False, supervised: Any = None, **options: Any) -> None:
+        first = anchors[0] | ({"training": {"teacher_cache": cache} | options} if own else {})
+        shared = {} if own else {"teacher_cache": cache} | options
+        training = StepwiseDistillationConfig(output_dir=str(tmp_path), report_to="none", **shared)
+        args = BuildArguments("s", "d", anchors=[first, *anchors[1:]][:count], supervised=supervised)
+        check_recipe(args, training)
+
+    check(own=True)
+    check(count=1)
+    with pytest.raises(ValueError, match="each of the 2 stages has its own: give it in the `training`"):
+        check()
+    with pytest.raises(ValueError, match="`supervised` trains the source first"):
+        check(own=True, supervised={"max_steps": 1})
+    with pytest.raises(ValueError, match=r"temperature=2\.0 of the loss"):
+        check(own=True, temperature=2.0)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        check(count=1, teacher_cache=str(tmp_path / "nowhere"))

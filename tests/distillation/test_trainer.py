@@ -9,13 +9,20 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    MixtralConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from cbd_hf import StepwiseDistillationTrainer
 from cbd_hf.distillation.columns import tokenize_turns
 
 from ..distributed.gradient_worker import gradient, relative_difference
-from ..models import VOCAB, answers_dataset, logits, tiny_tokenizer
+from ..models import VOCAB, answers_dataset, logits, random_model, tiny_config, tiny_tokenizer
 from .helpers import (
     KINDS,
     W0,
@@ -229,6 +236,7 @@ def test_init_kwargs_of_a_loaded_teacher(tmp_path: Path) -> None:
         ({"max_prompt_length": 0}, "max_prompt_length=0 must be at least 1"),
         ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False makes the gradient depend"),
         ({"seq_kd": True}, "seq_kd=True is not a stepwise objective"),
+        ({"router_aux_loss_coef": 0.01}, "router_aux_loss_coef=0.01.* is not part of this loss"),
     ],
 )
 def test_config_errors(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -270,3 +278,36 @@ def test_save_anchor(tmp_path: Path) -> None:
     assert torch.equal(logits(saved), logits(trainer.model))
     assert saved.config.use_cache and saved.generation_config.max_new_tokens == 77
     assert AutoTokenizer.from_pretrained(tmp_path / "anchor").get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_experts_learn_without_a_router_loss(tmp_path: Path) -> None:
+    """Which TRL switches on by itself for a config that has its coefficient."""
+    config = MixtralConfig(
+        **tiny_config("mistral", layers=1).to_dict() | {"num_local_experts": 2, "router_aux_loss_coef": 0.5}
+    )
+    student = random_model(config, seed=1, std=0.1)
+    data, _, rows = KINDS["answers"]
+    expected = dense_mean(student, teacher_model(), rows, VOCAB)
+    trainer = make_trainer(tmp_path, Dataset.from_list(data), student)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected, rel=1e-4)
+    assert not any("aux_loss" in entry for entry in trainer.state.log_history)
+    trainer.save_anchor(tmp_path / "anchor")
+    saved = AutoConfig.from_pretrained(tmp_path / "anchor")
+    assert not saved.output_router_logits and saved.router_aux_loss_coef == 0.5
+    assert make_config(tmp_path, router_aux_loss_coef=0.0).router_aux_loss_coef == 0.0
+
+
+def test_the_card_cites_the_papers_method(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.create_model_card()
+    card = (tmp_path / "trainer" / "README.md").read_text(encoding="utf-8")
+    assert "2605.07783" in card and "Chain-based Distillation" in card and "2306.13649" not in card
+
+
+def test_the_teachers_dtype(tmp_path: Path) -> None:
+    """The default is for what is loaded here; a model is converted only if the option is set, and then itself."""
+    teacher = teacher_model().to(torch.bfloat16)
+    assert {p.dtype for p in make_trainer(tmp_path, teacher=teacher).teacher.model.parameters()} == {torch.bfloat16}
+    make_trainer(tmp_path, teacher=teacher, teacher_dtype="float32")
+    assert teacher.dtype == torch.float32

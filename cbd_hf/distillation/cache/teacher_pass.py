@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cbd_hf.distillation.cache.entries import drawn, most_likely, uniforms_of
 from cbd_hf.distillation.cache.keys import Row
 from cbd_hf.distillation.cache.writer import ShardBuffer
-from cbd_hf.distillation.heads import find_parts, run_backbone
+from cbd_hf.distillation.heads import parts_or_warning, picked, run_backbone
 from cbd_hf.distillation.predictions import Head
 
 
@@ -36,7 +36,7 @@ class TeacherPass:
     Fills shards with what a teacher predicts.
 
     Sequences run in batches of similar length. Only supervised positions are projected to the vocabulary, in tiles, so
-    that the logits of a batch never exist (but for an architecture whose head is not known, see `find_parts`).
+    that the logits of a batch never exist (but for an architecture whose head is not known, see [`find_parts`]).
 
     Args:
         model (`PreTrainedModel`): the teacher, where it shall run.
@@ -48,7 +48,7 @@ class TeacherPass:
         self._model = model.eval()
         self._vocab_size = vocab_size
         self._batch_size = batch_size
-        self._parts = find_parts(model)
+        self._parts = parts_or_warning(model, "teacher")
         self._device = model.device
         self.has_hidden = self._parts is not None
 
@@ -81,8 +81,10 @@ class TeacherPass:
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in arrays.items()}
         supervised = inputs.pop("supervised").bool()
         if self._parts is None:
-            return self._model(**inputs, use_cache=False).logits[supervised]
-        return run_backbone(self._parts, inputs)[0][supervised]
+            states = self._model(**inputs, use_cache=False).logits
+        else:
+            states = run_backbone(self._parts, inputs)[0]
+        return picked(states, supervised)
 
     def _open_head(self) -> AbstractContextManager[Head]:
         return nullcontext(Head()) if self._parts is None else self._parts.open_head()
@@ -142,6 +144,7 @@ def _project(head: Head, states: torch.Tensor, vocab_size: int) -> torch.Tensor:
         logits = states[:, :vocab_size].float()
     else:
         weight = head.weight[:vocab_size]
+        states = states.to(weight.device)  # of a teacher split over devices
         if states.device.type == "cuda" and states.dtype == weight.dtype == torch.bfloat16:
             logits = torch.mm(states, weight.T, out_dtype=torch.float32)
         else:

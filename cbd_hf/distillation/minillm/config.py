@@ -55,6 +55,11 @@ class MiniLLMConfig(StepwiseDistillationConfig):
             Share in [0, 1] of the forward KL divergence from the teacher in that loss, the cross-entropy having the
             rest; 0.5 in MiniLLM's scripts.
 
+    > Differently
+
+        max_loss_ratio (`float`, *optional*, defaults to `100.0`):
+            Of the divergence, since the loss as a whole may have any sign; 0 stops at NaN and infinity only.
+
     > Fixed
 
         lmbda (`float`): 1: every step trains on samples.

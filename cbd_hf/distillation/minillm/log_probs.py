@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from cbd_hf.distillation.predictions import Head
-from cbd_hf.distillation.tiles import _multiplies_in_bfloat16, _Projection, _rows, _tiles
+from cbd_hf.distillation.tiles import Projection, head_rows, multiplies_in_bfloat16, tile_slices
 
 
 TokenLoss: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -70,7 +70,7 @@ class _TiledTokenLoss(torch.autograd.Function):
         grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs: _Needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
-        low = _multiplies_in_bfloat16(hidden)
+        low = multiplies_in_bfloat16(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
             total, log_probs, ctx.gradients = _over_tiles(
                 Head(weight, bias, head.scale, head.softcap),
@@ -107,8 +107,8 @@ def _over_tiles(
     low: bool,
     needs: _Needs,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    vocab = _rows(head, hidden) if vocab is None else vocab
-    own = _Projection(head, vocab, low)
+    vocab = head_rows(head, hidden) if vocab is None else vocab
+    own = Projection(head, vocab, low)
     gradients = [
         torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
         for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
@@ -116,7 +116,7 @@ def _over_tiles(
     for_hidden, for_weight, for_bias = gradients
     total = hidden.new_zeros((), dtype=torch.float32)
     found = hidden.new_zeros(len(labels), dtype=torch.float32)
-    for rows in _tiles(hidden.shape[0], vocab, hidden.device):
+    for rows in tile_slices(hidden.shape[0], vocab, hidden.device):
         raw = own.raw(hidden[rows]).requires_grad_(any(needs))
         with torch.set_grad_enabled(any(needs)):
             log_probs = -F.cross_entropy(own.scaled(raw) / temperature, labels[rows], reduction="none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from cbd_hf._trl import pad, unwrap_model_for_generation
 from cbd_hf.distillation.batching import EXAMPLE_ID
@@ -73,6 +73,19 @@ class MiniLLMTrainer(StepwiseDistillationTrainer):
 
     _tag_names = ["trl", "minillm", "cbd"]
     _name = "MiniLLM"
+    _paper = {
+        "title": "MiniLLM: Knowledge Distillation of Large Language Models",
+        "id": "2306.08543",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @inproceedings{gu2024minillm,
+                title        = {{MiniLLM: Knowledge Distillation of Large Language Models}},
+                author       = {Yuxian Gu and Li Dong and Furu Wei and Minlie Huang},
+                year         = 2024,
+                booktitle    = {The Twelfth International Conference on Learning Representations, {ICLR} 2024},
+                url          = {https://openreview.net/forum?id=5h0qf7IBZZ},
+            }"""),
+    }
 
     def __init__(
         self,
@@ -353,7 +366,8 @@ class MiniLLMTrainer(StepwiseDistillationTrainer):
                 PolicyTargets(targets, mixture, advantages, predictions),
             )
         processes = self.accelerator.num_processes
-        loss = parts.total / (sampled if num_items_in_batch is None else num_items_in_batch / processes)
+        tokens = sampled if num_items_in_batch is None else num_items_in_batch / processes
+        loss = parts.total / tokens
         if self._text is not None:
             loss = loss + self.args.lm_coef * parts.text / (self._text_tokens / processes)
         self._count(LossParts(parts.total, parts.divergence, parts.total.new_zeros(())), sampled, seen)
@@ -362,7 +376,8 @@ class MiniLLMTrainer(StepwiseDistillationTrainer):
         sums = torch.stack([value.to(self.accelerator.device, torch.float32) for value in (*values, *counts)])
         self._policy_sums = sums if self._policy_sums is None else self._policy_sums + sums
         if self.model.training:
-            self._watch(loss.detach())
+            # The policy term has any sign and size: what explodes is the divergence.
+            self._watch(torch.where(loss.detach().isfinite(), parts.divergence / tokens, loss.detach()))
         return (loss, None) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -383,11 +398,13 @@ class MiniLLMTrainer(StepwiseDistillationTrainer):
     def _settings(self, rollout: int) -> dict[str, str]:
         return {"rollout": str(rollout)} | {name: str(getattr(self.args, name)) for name in _SETTINGS}
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        # Here and not after _save_checkpoint, which ends with the removal of older checkpoints: one that is not yet
+        # whole may be the only one then.
         if self.args.should_save and self._drawn is not None:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            save_rollouts(folder / ROLLOUTS, list(self._rollouts.values()), self._settings(self._drawn))
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_rollouts(Path(output_dir) / ROLLOUTS, list(self._rollouts.values()), self._settings(self._drawn))
+        super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -12,8 +12,10 @@ from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+from transformers import trainer as trainer_module
 
 from cbd_hf import MiniLLMConfig, MiniLLMTrainer, StepwiseDistillationConfig
+from cbd_hf.distillation.guards import LossError, LossGuard
 from cbd_hf.distillation.minillm.rollouts import CachedDecoder, sample_mixture
 from cbd_hf.distillation.minillm.trainer import ROLLOUTS
 
@@ -179,6 +181,35 @@ def test_resuming(step: int, tmp_path: Path) -> None:
         (checkpoint / ROLLOUTS).unlink()
         with pytest.raises(ValueError, match="lacks cbd_rollouts.safetensors"):
             make_trainer(tmp_path / "lost", **options).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_samples_are_saved_before_older_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def rotate(*args: Any, **options: Any) -> None:
+        found.append(sorted(path.parent.name for path in tmp_path.glob(f"checkpoint-*/{ROLLOUTS}")))
+
+    monkeypatch.setattr(trainer_module, "rotate_checkpoints", rotate)
+    make_trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=1).train()
+    assert found == [["checkpoint-1"], ["checkpoint-1", "checkpoint-2"]]
+
+
+def test_the_guard_looks_at_the_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(LossGuard, "check", lambda self, loss, step, example_ids: seen.append(loss))
+    trainer = make_trainer(tmp_path, max_steps=3, policy_weight=5.0, gradient_accumulation_steps=2)
+    trainer.train()
+    assert seen == pytest.approx([log["divergence"] for log in trainer.state.log_history if "divergence" in log])
+    monkeypatch.undo()
+    trainer = make_trainer(tmp_path / "bad", policy_weight=float("inf"), save_strategy="no")
+    with pytest.raises(LossError, match="Step 1: the loss is (nan|inf|-inf)"):
+        trainer.train()
+
+
+def test_the_model_card_names_the_paper(tmp_path: Path) -> None:
+    make_trainer(tmp_path).create_model_card()
+    text = (tmp_path / "README.md").read_text()
+    assert "2306.08543" in text and "gu2024minillm" in text and "2306.13649" not in text
 
 
 def test_adapters_and_evaluation(tmp_path: Path) -> None:
