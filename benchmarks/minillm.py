@@ -4,13 +4,15 @@ On-policy distillation by policy gradient against its rivals, at equal optimizer
     python benchmarks/minillm.py path/to/stories260k
 
 The teacher is stories260K (by default looked for in $CBD_TEST_DATA/models/stories260k), the student its first and
-last layer after a warm-up on the teacher's stories that all arms share. Then every arm takes the same number of steps
+last layer after off-policy training on the teacher's stories that all arms share (--warm-up): by default until it
+brings little more, as MiniLLM, too, starts from a tuned student. Then every arm takes the same number of steps
 on as many rows and sees each of the same prompts four times: stepwise distillation on the teacher's stories
 (off-policy), MiniLLM, stepwise distillation on the student's own samples (on-policy, lmbda=1), and MiniLLM without its
 policy term at MiniLLM's learning rate. The other learning rates are the best of three on validation prompts and the
 first seed, and of more if the best lies at an end. Measured on other held-out prompts: the reverse KL divergence per
 token of the student's own samples, exact at every position and as a Monte Carlo estimate of whole sequences, and the
-student's loss on the teacher's stories. Prints one line per run, and a Markdown table; about ten minutes on a core.
+student's loss on the teacher's stories. Prints one line per run, differences by seed and a Markdown table; about ten
+minutes on a core.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from .measuring import LAUNCHES, measured, predicted
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("setting", "launch"), [("activations", "single"), ("weights", "zero2"), ("weights", "zero3")])
+@pytest.mark.parametrize(
+    ("setting", "launch"), [("activations", "single"), ("weights", "zero2"), ("weights", "zero3")]
+)
 def test_prediction_is_within_a_tenth_of_what_is_measured(setting: str, launch: str) -> None:
     if launch.startswith("zero"):
         pytest.importorskip("deepspeed")

@@ -46,7 +46,7 @@ def test_micro_batches_and_accumulation(text: bool) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("config", ["cpu_2proc", "fsdp2", "zero3"])
+@pytest.mark.parametrize("config", ["fsdp2", "zero3"])
 def test_two_processes(config: str, tmp_path: Path) -> None:
     """Sampled and trained on two processes, the teacher sharded where the student is, as on one."""
     make_material(tmp_path)
