@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from cbd_hf._trl import ForwardRedirection
-from cbd_hf.distillation.heads import find_parts, run_backbone
+from cbd_hf.distillation.heads import find_parts, picked, run_backbone
 from cbd_hf.distillation.minillm.advantages import clipped_policy_loss
 from cbd_hf.distillation.minillm.log_probs import selected_log_probs, tiled_token_loss
 from cbd_hf.distillation.objectives import Objective
@@ -125,10 +125,10 @@ class PolicyLoss:
         """`compute(hidden, head)` at the chosen positions, where the weights of a sharded student are whole."""
         parts = self.parts
         if parts is None:  # the model's own forward makes the logits
-            return compute(wrapped(**inputs, use_cache=False).logits[chosen], Head())
+            return compute(picked(wrapped(**inputs, use_cache=False).logits, chosen), Head())
 
         def inside(**kwargs: Any) -> _Result:
-            hidden = run_backbone(parts, kwargs)[0][chosen]
+            hidden = picked(run_backbone(parts, kwargs)[0], chosen)
             # By the head's own call, whose hooks gather the weights of a sharded student.
             return ForwardRedirection()(
                 parts.head, parts.head, lambda states: compute(states, parts.head_of(parts.head)), hidden
