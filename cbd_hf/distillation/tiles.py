@@ -74,12 +74,21 @@ class _TiledLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("The distillation loss has been differentiated already; it can be only once.")
-        # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
-        scaled = (g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return *scaled, None, None, None, None, None
+        return *take_gradients(ctx, scale), None, None, None, None, None
+
+
+def take_gradients(ctx: Any, scale: torch.Tensor) -> list[torch.Tensor | None]:
+    """
+    The gradients that a forward left in `ctx.gradients` (float32), scaled, in their tensors' `ctx.dtypes`.
+
+    Raises:
+        RuntimeError: they have been taken already.
+    """
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:
+        raise RuntimeError("This loss has been differentiated already; it can be only once.")
+    # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
+    return [g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
 
 
 class Projection:
@@ -327,4 +336,4 @@ def _sparse_tile(
     return total, part, gradient
 
 
-__all__ = ["Projection", "head_rows", "multiplies_in_bfloat16", "tile_slices", "tiled_loss"]
+__all__ = ["Projection", "head_rows", "multiplies_in_bfloat16", "take_gradients", "tile_slices", "tiled_loss"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from cbd_hf.distillation.predictions import Head
-from cbd_hf.distillation.tiles import Projection, head_rows, multiplies_in_bfloat16, tile_slices
+from cbd_hf.distillation.tiles import Projection, head_rows, multiplies_in_bfloat16, take_gradients, tile_slices
 
 
 TokenLoss: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
@@ -89,12 +89,7 @@ class _TiledTokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
-            raise RuntimeError("The policy loss has been differentiated already; it can be only once.")
-        # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
-        scaled = (g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return *scaled, None, None, None, None, None, None
+        return *take_gradients(ctx, scale), None, None, None, None, None, None
 
 
 def _over_tiles(
