@@ -14,9 +14,9 @@ time, so that all see the same machine. The first step of each is not timed. Wor
   `databricks/databricks-dolly-15k` from the Hub);
 * gpt2: GPT-2 (124M) and its even 6 layers, of random weights, vocabulary 50,257, otherwise as smollm2 with 4 rows.
 
-Arms: gkd (TRL), live, cached (top 64 and the tail, see docs/cache.md), each in float32; gkd_bf16 and live_bf16 with a
-bfloat16 teacher; gkd_grouped (dolly only): TRL with `train_sampling_strategy="group_by_length"`, so with other rows in
-a step. Tokens per second are supervised tokens. Memory is the largest resident set of the steps above that of the
+Arms: gkd (TRL) and live, always; cached (top 64 and the tail, see docs/cache.md), each in float32; gkd_bf16 and
+live_bf16 with a bfloat16 teacher; gkd_grouped (dolly only): TRL with `train_sampling_strategy="group_by_length"`, so
+with other rows in a step. Tokens per second are supervised tokens. Memory is the largest resident set of the steps above that of the
 process with its weights loaded; AdamW's state, gradients and activations are in it. Options that both sides have are
 equal: no gradient checkpointing, no compilation, AdamW, threads.
 """
@@ -301,7 +301,7 @@ def summary(workload: str, found: dict[str, list[dict[str, float]]], tokens: flo
         }
         for arm, results in found.items()
     }
-    gkd = arms["gkd"]
+    compared = arms["gkd"], arms["live"]
 
     def speed(arm: str, against: str = "gkd") -> float | None:
         """Median of the ratios of neighbouring steps, which saw the same machine."""
@@ -321,8 +321,8 @@ def summary(workload: str, found: dict[str, list[dict[str, float]]], tokens: flo
             if "gkd_grouped" in arms
             else None
         ),
-        "peak_memory_ratio": round(arms["live"]["peak_bytes"] / gkd["peak_bytes"], 3),
-        "loss_max_abs_diff": max(abs(a - b) for a, b in zip(gkd["losses"], arms["live"]["losses"], strict=True)),
+        "peak_memory_ratio": round(compared[1]["peak_bytes"] / compared[0]["peak_bytes"], 3),
+        "loss_max_abs_diff": max(abs(a - b) for a, b in zip(*(arm["losses"] for arm in compared), strict=True)),
         "supervised_tokens_per_step": tokens,
         "arms": arms,
     }
@@ -363,7 +363,10 @@ def main() -> None:
         lines = args.results.read_text().splitlines()
         draw([json.loads(line) for line in lines if line.startswith("{")], args.figure)
         return
-    arms = [arm for arm in args.arms if not args.quick or arm in ("gkd", "live", "cached")]
+    wanted = {"gkd", "live", *args.arms}  # the first two are what all others are compared with
+    if args.quick:
+        wanted &= {"gkd", "live", "cached"}
+    arms = [arm for arm in ARMS if arm in wanted]
     results = []
     for workload in args.workloads:
         chosen = [arm for arm in arms if arm != "gkd_grouped" or workload == "dolly"]
