@@ -16,9 +16,9 @@ time, so that all see the same machine. The first step of each is not timed. Wor
 
 Arms: gkd (TRL) and live, always; cached (top 64 and the tail, see docs/cache.md), each in float32; gkd_bf16 and
 live_bf16 with a bfloat16 teacher; gkd_grouped (dolly only): TRL with `train_sampling_strategy="group_by_length"`, so
-with other rows in a step. Tokens per second are supervised tokens. Memory is the largest resident set of the steps above that of the
-process with its weights loaded; AdamW's state, gradients and activations are in it. Options that both sides have are
-equal: no gradient checkpointing, no compilation, AdamW, threads.
+with other rows in a step. Tokens per second are supervised tokens. Memory is the largest resident set of the steps
+above that of the process with its weights loaded; AdamW's state, gradients and activations are in it. Options that
+both sides have are equal: no gradient checkpointing, no compilation, AdamW, threads.
 """
 
 from __future__ import annotations
