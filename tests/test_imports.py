@@ -128,6 +128,13 @@ def test_one_way(lower: str) -> None:
             pending.append(used)
 
 
+def test_tokenization_knows_no_trainer() -> None:
+    upper = ("cbd_hf.distillation", "cbd_hf.evaluation", "cbd_hf.commands", "cbd_hf.cli")
+    for name, used in module_graph().items():
+        if name.startswith("cbd_hf.tokenization"):
+            assert not [other for other in used if other.startswith(upper)], name
+
+
 @pytest.mark.parametrize("package", ["evaluation", "report"])
 def test_only_public_names(package: str) -> None:
     for path in (ROOT / "cbd_hf" / package).rglob("*.py"):

@@ -1,0 +1,1 @@
+"""Two tokenizations of one text: the bytes of tokens, aligned spans, shared vocabulary."""
