@@ -53,6 +53,9 @@ class CacheArguments:
             "choices": list(DTYPES),
         },
     )
+    labels: bool = field(
+        default=False, metadata={"help": "Also keep the log-probability of the token that follows; a bridge needs it."}
+    )
     vocab_size: int | None = field(
         default=None,
         metadata={"help": "Tokens that probabilities are over, for a student with fewer than the teacher."},
@@ -132,6 +135,7 @@ def run(args: CacheArguments) -> Any:
         temperature=args.temperature,
         dtype=args.log_prob_dtype,
         hidden=args.hidden,
+        labels=args.labels,
         vocab_size=args.vocab_size,
         shard_rows=args.shard_rows,
     )
@@ -201,6 +205,8 @@ def format_manifest(manifest: CacheManifest) -> str:
         kept = f"{settings.n_samples} draws (seed {settings.seed})"
     if settings.hidden is not None:
         kept += f"; hidden states of width {teacher.hidden_size} in {settings.hidden}"
+    if settings.labels:
+        kept += "; the token that follows"
     rows = [
         ("teacher", f"{teacher.name}, {teacher.dtype}, weights {teacher.sha256[:12]}"),
         ("kept per token", f"{kept}; {settings.dtype}, temperature {settings.temperature:g}"),

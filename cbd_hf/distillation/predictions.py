@@ -77,6 +77,7 @@ class SparsePredictions:
             were sampled from the teacher; 0 where there were fewer than k.
         vocab (`int`, *optional*): entries of the teacher's softmax.
         layers (`tuple[torch.Tensor, ...]`, *optional*): as in [`DensePredictions`].
+        labels (`torch.Tensor`, *optional*): float32, shape (positions,), log-probabilities of the tokens that follow.
     """
 
     token_ids: torch.Tensor
@@ -85,16 +86,28 @@ class SparsePredictions:
     weights: torch.Tensor | None = None
     vocab: int | None = None
     layers: tuple[torch.Tensor, ...] = ()
+    labels: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> SparsePredictions:
         """On another device."""
-        return SparsePredictions(
-            self.token_ids.to(device),
-            self.log_probs.to(device),
-            _moved(self.tail, device),
-            _moved(self.weights, device),
-            self.vocab,
-            tuple(layer.to(device) for layer in self.layers),
+        return self._each(lambda value: value.to(device))
+
+    def rows(self, positions: slice) -> SparsePredictions:
+        """Those of some positions."""
+        return self._each(lambda value: value[positions])
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> SparsePredictions:
+        def of(value: torch.Tensor | None) -> torch.Tensor | None:
+            return None if value is None else change(value)
+
+        return replace(
+            self,
+            token_ids=change(self.token_ids),
+            log_probs=change(self.log_probs),
+            tail=of(self.tail),
+            weights=of(self.weights),
+            layers=tuple(change(layer) for layer in self.layers),
+            labels=of(self.labels),
         )
 
 

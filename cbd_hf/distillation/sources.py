@@ -128,6 +128,7 @@ class CachedTeacher(TeacherSource):
             weights=values.get("weights"),
             vocab=self.vocab,
             layers=(values["hidden"],) if self.layers else (),
+            labels=values.get("labels"),
         )
 
 

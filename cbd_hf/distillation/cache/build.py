@@ -10,17 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
 
 from cbd_hf._files import explain_full_disk
 from cbd_hf._manifest import package_versions
-from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.distillation.cache.keys import KeyIndex, Keys, iter_rows, keys_of
 from cbd_hf.distillation.cache.manifest import (
     MANIFEST,
@@ -36,6 +33,7 @@ from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.cache.teacher_pass import TeacherPass
 from cbd_hf.distillation.cache.writer import ShardBuffer, remove_leftovers, write_shard
 from cbd_hf.distillation.preparation import prepare_rows
+from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
 
 
 if TYPE_CHECKING:
@@ -44,10 +42,6 @@ if TYPE_CHECKING:
     from trl import SFTConfig
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-_CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 @dataclass(frozen=True)
@@ -130,7 +124,7 @@ def build_cache(
     state = PartialState(cpu=not torch.accelerator.is_available())
     directory = Path(output_dir)
     with state.main_process_first():
-        checkpoint = _local_checkpoint(teacher, trust_remote_code)
+        checkpoint = local_checkpoint(teacher, trust_remote_code)
     record, settings, limit, tokenizer = _describe(
         checkpoint, os.fspath(teacher), settings or CacheSettings(), tokenizer, dtype, trust_remote_code
     )
@@ -144,12 +138,12 @@ def build_cache(
             f"max_length={limit}."
         )
     wanted = CacheManifest(settings, record, tokenizer_digest(tokenizer), packages=package_versions())
-    manifest = _on_main(state, lambda: _start(directory, wanted, content, name, append, checkpoint))
+    manifest = on_main(state, lambda: _start(directory, wanted, content, name, append, checkpoint))
     todo = _missing(directory, manifest, content)
     started, before = time.perf_counter(), (manifest.rows, manifest.tokens)
     if len(todo):
         options = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
-        model = _load(checkpoint, record.dtype, state, options)
+        model = load_model(checkpoint, record.dtype, state, options)
         runner = TeacherPass(model, manifest.vocab_size, batch_size)
         if settings.hidden is not None and not runner.has_hidden:
             raise ValueError(f"The head of {teacher} cannot be told apart from its body; leave hidden out.")
@@ -162,9 +156,11 @@ def build_cache(
             return write_shard(directory, index, buffer)
 
         with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
-            _make_shards(state, directory, manifest, todo, make, progress)
+            make_shards(
+                state, directory, manifest, todo, settings.shard_rows, make, description="Teacher", progress=progress
+            )
     seconds = time.perf_counter() - started
-    _on_main(state, lambda: _finish(directory, manifest, _digest(content)))
+    on_main(state, lambda: _finish(directory, manifest, _digest(content)))
     added = manifest.tokens - before[1]
     return CacheReport(
         directory=str(directory),
@@ -189,16 +185,6 @@ def _default_config() -> SFTConfig:
         report_to="none",
         save_strategy="no",
     )
-
-
-def _local_checkpoint(teacher: str | os.PathLike[str], trust_remote_code: bool) -> Path:
-    source = resolve_checkpoint(teacher)
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    patterns = _CHECKPOINT_FILES if trust_remote_code else _CHECKPOINT_FILES[:-1]
-    return Path(snapshot_download(source, allow_patterns=patterns))
 
 
 def _describe(
@@ -279,39 +265,6 @@ def _missing(directory: Path, manifest: CacheManifest, content: Keys) -> np.ndar
     return first[known < 0]
 
 
-def _make_shards(
-    state: PartialState,
-    directory: Path,
-    manifest: CacheManifest,
-    todo: np.ndarray,
-    make: Callable[[int, np.ndarray], ShardRecord],
-    progress: bool,
-) -> None:
-    """In rounds: each process makes one shard, then the main process adds them all to the manifest."""
-    size, first = manifest.settings.shard_rows, len(manifest.shards)
-    parts = [todo[start : start + size] for start in range(0, len(todo), size)]
-    silent = not (progress and state.is_main_process)
-    with tqdm(total=len(todo), desc="Teacher", unit="row", disable=silent) as bar:
-        for begin in range(0, len(parts), state.num_processes):
-            mine = begin + state.process_index
-            outcome: ShardRecord | Exception | None = None
-            if mine < len(parts):
-                try:
-                    outcome = make(first + mine, parts[mine])
-                except Exception as error:
-                    if state.num_processes == 1:
-                        raise
-                    outcome = error
-            for result in gather_object([outcome]):
-                if isinstance(result, Exception):
-                    raise result
-                if result is not None:
-                    manifest.shards.append(result)
-                    bar.update(result.rows)
-            if state.is_main_process:
-                manifest.write(directory)
-
-
 def _finish(directory: Path, manifest: CacheManifest, digest: str) -> None:
     manifest.data = [
         dataclasses.replace(record, complete=True) if record.digest == digest else record for record in manifest.data
@@ -321,30 +274,6 @@ def _finish(directory: Path, manifest: CacheManifest, digest: str) -> None:
 
 def _digest(content: Keys) -> str:
     return hashlib.sha256(content.keys.tobytes()).hexdigest()
-
-
-def _load(checkpoint: Path, dtype: str, state: PartialState, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), **options)
-    return model if "device_map" in options else model.to(state.device)
-
-
-def _on_main(state: PartialState, function: Callable[[], T]) -> T:
-    """The result of a function that only the main process calls, on all of them; or its error."""
-    outcome: list[Any] = [None, None]
-    if state.is_main_process:
-        try:
-            outcome[0] = function()
-        except Exception as error:
-            if state.num_processes == 1:
-                raise
-            outcome[1] = error
-    if state.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]
 
 
 __all__ = ["CacheReport", "build_cache"]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cbd_hf.distillation.columns import IGNORED
+from cbd_hf.data.columns import IGNORED
 
 
 KEY_BYTES = 16

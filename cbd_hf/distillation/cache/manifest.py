@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbd_hf._files import atomic_write_text, canonical_digest, is_safe_relative, sha256_of
+from cbd_hf._files import atomic_write_text, canonical_digest, sha256_of
+from cbd_hf.distillation.records import check_files, check_names, read_record
 
 
 MANIFEST = "cache.json"
@@ -18,6 +19,7 @@ SCHEMA_VERSION = 1
 VARIANTS = ("top_k", "sampled")
 DTYPES = ("float16", "float32", "bfloat16")
 LARGEST_SAMPLE = 32767
+_REMEDY = "Make the cache again."
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class CacheSettings:
         temperature (`float`, *optional*, defaults to 1.0): the teacher's; must be that of the loss.
         dtype (`str`, *optional*, defaults to `"float16"`): of the log-probabilities; or `"float32"`, `"bfloat16"`.
         hidden (`str`, *optional*): also keep the last hidden states, in this dtype.
+        labels (`bool`, *optional*, defaults to `False`): also keep the log-probability, in `dtype`, of the token that
+            follows. A bridge needs it.
         vocab_size (`int`, *optional*): probabilities are over the first tokens only, for a student with fewer padding
             rows than the teacher. By default over all rows of the teacher's head.
         shard_rows (`int`, *optional*, defaults to 1024): rows of the dataset in one file.
@@ -49,6 +53,7 @@ class CacheSettings:
     temperature: float = 1.0
     dtype: str = "float16"
     hidden: str | None = None
+    labels: bool = False
     vocab_size: int | None = None
     shard_rows: int = 1024
 
@@ -220,22 +225,23 @@ class CacheManifest:
             hint = "Upgrade cbd_hf." if isinstance(found, int) and found > SCHEMA_VERSION else "Make the cache again."
             raise ValueError(f"{path} has schema_version {found}, but this cbd_hf reads {SCHEMA_VERSION}. {hint}")
         lists = {"data": DataRecord, "shards": ShardRecord}
+        settings = content.get("settings")
+        if isinstance(settings, dict):
+            settings = {"labels": False} | settings  # caches from before this setting have none
         manifest = cls(
-            settings=_record(CacheSettings, content.get("settings"), f"{path}: settings"),
-            teacher=_record(TeacherRecord, content.get("teacher"), f"{path}: teacher"),
+            settings=read_record(CacheSettings, settings, f"{path}: settings", _REMEDY),
+            teacher=read_record(TeacherRecord, content.get("teacher"), f"{path}: teacher", _REMEDY),
             tokenizer_digest=str(content.get("tokenizer_digest")),
             packages=dict(content.get("packages") or {}),
             **{
-                name: [_record(kind, part, f"{path}: {name}[{i}]") for i, part in enumerate(content.get(name) or [])]
+                name: [
+                    read_record(kind, part, f"{path}: {name}[{i}]", _REMEDY)
+                    for i, part in enumerate(content.get(name) or [])
+                ]
                 for name, kind in lists.items()
             },
         )
-        for shard in manifest.shards:
-            if not is_safe_relative(shard.file):
-                raise ValueError(
-                    f"{path}: the file name {shard.file!r} leaves the cache. Only relative paths without '..' are "
-                    "allowed; do not use a cache from a source that you do not trust."
-                )
+        check_names(manifest.shards, str(path), "cache")
         return manifest
 
     def check_shards(self, directory: Path, verify: str = "size") -> None:
@@ -249,47 +255,7 @@ class CacheManifest:
         Raises:
             ValueError: a shard is missing or broken, or `verify` is unknown.
         """
-        if verify not in ("none", "size", "full"):
-            raise ValueError(f"verify={verify!r} is unknown; choose 'none', 'size' or 'full'.")
-        for shard in self.shards if verify != "none" else ():
-            path = directory / shard.file
-            if not path.is_file():
-                problem = "is missing"
-            elif path.stat().st_size != shard.bytes:
-                problem = f"has {path.stat().st_size} bytes instead of {shard.bytes}"
-            elif verify == "full" and sha256_of(path) != shard.sha256:
-                problem = "does not match its sha256"
-            else:
-                continue
-            raise ValueError(f"Shard {path} {problem}. Copy the cache again, or make it anew with `cbd cache`.")
-
-
-def _record(kind: Any, content: Any, where: str) -> Any:
-    """One dataclass of a JSON object with exactly its fields."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{where} must be a JSON object, got {type(content).__name__}. Make the cache again.")
-    types = {f.name: str(f.type) for f in dataclasses.fields(kind)}
-    if types.keys() != content.keys():
-        wrong = sorted(types.keys() ^ content.keys())
-        raise ValueError(f"{where}: the field(s) {', '.join(wrong)} are missing or unknown. Make the cache again.")
-    allowed = {
-        "int": int,
-        "str": str,
-        "bool": bool,
-        "float": (int, float),
-        "str | None": (str, type(None)),
-        "int | None": (int, type(None)),
-    }
-    for name, value in content.items():
-        wanted: Any = allowed[types[name]]
-        if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
-            raise ValueError(f"{where}: {name} is {value!r}, but must be a {types[name]}. Make the cache again.")
-        if wanted is int and name != "seed" and value < 0:
-            raise ValueError(f"{where}: {name} is {value}, but cannot be negative. Make the cache again.")
-    try:
-        return kind(**content)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        check_files(directory, self.shards, verify, "Copy the cache again, or make it anew with `cbd cache`.")
 
 
 def weights_digest(directory: str | os.PathLike[str]) -> str:

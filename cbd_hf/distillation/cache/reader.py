@@ -131,8 +131,8 @@ class TeacherCache:
             `teacher_token_ids` (int64, shape (n, k)); `teacher_log_probs` (float32, shape (n, k)), of the whole
             distribution at the cache's temperature; `teacher_tail` (float32, shape (n,)), the logarithm of the mass of
             all other tokens, or, where tokens were sampled, `teacher_weights` (float32, shape (n, k)), the shares of
-            the draws, 0 where a position has fewer entries than k; and `teacher_hidden` (shape (n, hidden)) if it was
-            kept.
+            the draws, 0 where a position has fewer entries than k; and `teacher_hidden` (shape (n, hidden)) and
+            `teacher_labels` (float32, shape (n,), log-probabilities of the tokens that follow) if they were kept.
 
         Raises:
             IndexError: there is no such row.
@@ -149,7 +149,7 @@ class TeacherCache:
         joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
         made = self._padded(joined) if self.manifest.settings.variant == "sampled" else joined
         batch = {"teacher_token_ids": made["token_ids"].long(), "teacher_log_probs": made["log_probs"].float()}
-        for name in ("tail", "weights"):
+        for name in ("tail", "weights", "labels"):
             if name in made:
                 batch[f"teacher_{name}"] = made[name].float()
         if "hidden" in joined:
@@ -160,7 +160,7 @@ class TeacherCache:
         """Views of what one shard holds of one of its rows."""
         shard = self._shard(number)
         here = slice(shard.offsets[row], shard.offsets[row + 1])
-        wanted = dict.fromkeys(("tail", "token_ids", "log_probs", "hidden", "unique"), here)
+        wanted = dict.fromkeys(("tail", "token_ids", "log_probs", "hidden", "labels", "unique"), here)
         if shard.entries:
             wanted |= dict.fromkeys(
                 ("token_ids", "log_probs", "counts"), slice(shard.entries[row], shard.entries[row + 1])
@@ -179,7 +179,7 @@ class TeacherCache:
         made["token_ids"][present] = joined["token_ids"].long()
         made["log_probs"][present] = joined["log_probs"].float()
         made["weights"][present] = joined["counts"].float() / self.manifest.settings.n_samples
-        return made
+        return made | {name: joined[name] for name in ("labels",) if name in joined}
 
     def _shard(self, number: int) -> _Shard:
         if self._process != os.getpid():

@@ -29,6 +29,7 @@ class _Sequence(NamedTuple):
     supervised: np.ndarray  # bool, as long as tokens
     row: int
     first: int  # of its supervised positions, counted in the row
+    labels: np.ndarray  # int32, the tokens behind these positions
 
 
 class TeacherPass:
@@ -60,14 +61,14 @@ class TeacherPass:
             batch = sequences[start : start + self._batch_size]
             states = self._states(batch)
             positions = torch.cat([_positions(buffer, sequence) for sequence in batch])
+            labels = torch.from_numpy(np.concatenate([sequence.labels for sequence in batch])).long()
             uniforms = None
             if buffer.settings.variant == "sampled":
                 uniforms = torch.cat([_uniforms(buffer, rows, sequence) for sequence in batch])
             with self._open_head() as head:
                 for tile in self._tiles(len(positions)):
-                    self._put(
-                        buffer, head, positions[tile], states[tile], None if uniforms is None else uniforms[tile]
-                    )
+                    drawn = None if uniforms is None else uniforms[tile]
+                    self._put(buffer, head, positions[tile], states[tile], labels[tile], drawn)
 
     def _states(self, batch: list[_Sequence]) -> torch.Tensor:
         """Hidden states of the supervised positions, shape (positions, hidden); logits if the head is not known."""
@@ -99,20 +100,23 @@ class TeacherPass:
         head: Head,
         positions: torch.Tensor,
         states: torch.Tensor,
+        labels: torch.Tensor,
         uniforms: torch.Tensor | None,
     ) -> None:
         settings = buffer.settings
         logits = _project(head, states, self._vocab_size) / settings.temperature
         log_probs = F.log_softmax(logits, dim=-1)
-        hidden = None if settings.hidden is None else states
+        more = {} if settings.hidden is None else {"hidden": states}
+        if settings.labels:
+            more["labels"] = log_probs.gather(-1, labels.to(log_probs.device)[:, None]).flatten()
         if uniforms is None:
             token_ids, values, tail = most_likely(log_probs, settings.k)
-            buffer.put(positions, token_ids, values, tail=tail, hidden=hidden)
+            buffer.put(positions, token_ids, values, tail=tail, **more)
         else:
             if log_probs.device.type == "mps":  # has no float64
                 log_probs = log_probs.cpu()
             token_ids, values, counts = drawn(log_probs, uniforms.to(log_probs.device))
-            buffer.put(positions, token_ids, values, counts=counts, hidden=hidden)
+            buffer.put(positions, token_ids, values, counts=counts, **more)
 
 
 def _sequences(rows: Sequence[Row]) -> Iterator[_Sequence]:
@@ -123,7 +127,8 @@ def _sequences(rows: Sequence[Row]) -> Iterator[_Sequence]:
             places = np.flatnonzero(supervised)
             if len(places):
                 end = int(places[-1]) + 1
-                yield _Sequence(row.input_ids[start : start + end], supervised[:end], number, first)
+                labels = row.input_ids[start + 1 + places]
+                yield _Sequence(row.input_ids[start : start + end], supervised[:end], number, first, labels)
             start, first = start + length, first + len(places)
 
 

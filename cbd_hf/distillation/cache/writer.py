@@ -7,7 +7,7 @@ Tensors (T supervised positions, E entries, in the order of rows and, in a row, 
     top_k:   token_ids (T, k), most likely first; log_probs (T, k); tail (T,), logarithm of the mass of all others
     sampled: token_ids (E,), ascending per position; log_probs (E,); counts (E,); unique (T,), entries of a position;
              entry_offsets int64 (rows + 1)
-    hidden (T, hidden), if asked for
+    hidden (T, hidden), labels (T,), log-probabilities of the tokens that follow, if asked for
 
 `token_ids` are uint16 where the vocabulary has at most 65,536 entries, else int32. `counts` and `unique` are uint8 for
 up to 255 draws, else int16.
@@ -62,6 +62,7 @@ class ShardBuffer:
         self._hidden = None
         if settings.hidden is not None:
             self._hidden = torch.zeros(positions, hidden_size, dtype=getattr(torch, settings.hidden))
+        self._labels = torch.zeros(positions, dtype=log_dtype) if settings.labels else None
 
     def put(
         self,
@@ -71,6 +72,7 @@ class ShardBuffer:
         tail: torch.Tensor | None = None,
         counts: torch.Tensor | None = None,
         hidden: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ) -> None:
         """
         Take what the teacher says about some positions.
@@ -82,10 +84,12 @@ class ShardBuffer:
             tail (`torch.Tensor`, *optional*): float, shape (n,); for the most likely tokens.
             counts (`torch.Tensor`, *optional*): int, shape (n, k), 0 for no entry; for sampled tokens.
             hidden (`torch.Tensor`, *optional*): float, shape (n, hidden).
+            labels (`torch.Tensor`, *optional*): float, shape (n,), log-probabilities of the tokens that follow.
         """
         log_probs = log_probs.clamp(min=SMALLEST_LOG_PROB)
         pairs = [(self._token_ids, token_ids), (self._log_probs, log_probs), (self._counts, counts)]
         pairs += [(self._tail, None if tail is None else tail.clamp(min=LOG_OF_NOTHING)), (self._hidden, hidden)]
+        pairs += [(self._labels, None if labels is None else labels.clamp(min=SMALLEST_LOG_PROB))]
         for target, values in pairs:
             if target is not None and values is not None:
                 target[positions] = values.cpu().to(target.dtype)
@@ -111,6 +115,8 @@ class ShardBuffer:
             }
         if self._hidden is not None:
             made["hidden"] = self._hidden
+        if self._labels is not None:
+            made["labels"] = self._labels
         return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch.utils.data import DataLoader
 from trl import SFTConfig
 
 from cbd_hf.distillation.cache import TeacherCache
+from cbd_hf.distillation.cache.manifest import MANIFEST
 from cbd_hf.distillation.preparation import prepare_rows
 
 from ...models import VOCAB, answers_dataset, tiny_tokenizer
@@ -194,3 +196,57 @@ def test_pickle_and_many_open_files(cached: Path, monkeypatch: pytest.MonkeyPatc
     for wrong in (-1, 20):
         with pytest.raises(IndexError, match="has 20 rows"):
             cache.batch([wrong])
+
+
+@pytest.mark.parametrize("variant", ["top_k", "sampled"])
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE))
+def test_labels(teacher: Path, tmp_path: Path, variant: str, dtype: str) -> None:
+    """The log-probability of the token that follows, among the entries or not."""
+    build(teacher, tmp_path / "cache", variant=variant, dtype=dtype, temperature=2.0, labels=True)
+    cache, rows = TeacherCache.from_pretrained(tmp_path / "cache"), prepared(tmp_path)
+    order = [7, 19, 0, 7]
+    batch = cache.batch([cache.locate(rows)[row] for row in order])
+    found, part = batch["teacher_labels"], rows.select(order)
+    labels = torch.tensor([label for row in part for label in row["labels"][1:] if label != -100])
+    expected = dense(teacher, part, 2.0)["log_probs"].gather(1, labels[:, None]).flatten()
+    assert found.dtype == torch.float32 and found.shape == expected.shape
+    assert torch.allclose(found.double(), expected, atol=1e-5, rtol=TOLERANCE[dtype])
+    among = (batch["teacher_token_ids"] == labels[:, None]).any(-1)
+    assert among.any() and not among.all()
+    build(teacher, tmp_path / "without", variant=variant, dtype=dtype, temperature=2.0)
+    plain = TeacherCache.from_pretrained(tmp_path / "without")
+    others = plain.batch([plain.locate(rows)[row] for row in order])
+    assert batch.keys() - others.keys() == {"teacher_labels"}
+    assert all(torch.equal(batch[name], value) for name, value in others.items())
+
+
+def test_labels_of_packed_rows(teacher: Path, tmp_path: Path) -> None:
+    """A sequence's first token follows nothing."""
+    options = {"packing": True, "packing_strategy": "bfd", "max_length": 24}
+    rows = prepared(tmp_path, **options)
+    build(teacher, tmp_path / "cache", config=config(tmp_path, **options), dtype="float32", labels=True)
+    cache = TeacherCache.from_pretrained(tmp_path / "cache")
+    found = cache.batch(cache.locate(rows))["teacher_labels"]
+    labels = []
+    for row in rows:
+        start = 0
+        for length in row["seq_lengths"]:
+            labels += [label for label in row["labels"][start + 1 : start + length] if label != -100]
+            start += length
+    expected = dense(teacher, rows)["log_probs"].gather(1, torch.tensor(labels)[:, None]).flatten()
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_labels_are_a_setting_of_the_cache(teacher: Path, tmp_path: Path) -> None:
+    """A cache is not gone on with in another way; one from before the setting has none."""
+    build(teacher, tmp_path / "cache", labels=True)
+    assert TeacherCache.from_pretrained(tmp_path / "cache").manifest.settings.labels
+    with pytest.raises(ValueError, match="labels"):
+        build(teacher, tmp_path / "cache", labels=False)
+    build(teacher, tmp_path / "old")
+    path = tmp_path / "old" / MANIFEST
+    content = json.loads(path.read_text())
+    del content["settings"]["labels"]
+    path.write_text(json.dumps(content))
+    assert not TeacherCache.from_pretrained(tmp_path / "old").manifest.settings.labels
+    assert build(teacher, tmp_path / "old").new_rows == 0
