@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cbd_hf.chain import AdjacentPair, Anchor, DistillationChain
+    from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
+    from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
     from cbd_hf.distillation.builder import build_chain
     from cbd_hf.distillation.config import StepwiseDistillationConfig
     from cbd_hf.distillation.minillm.config import MiniLLMConfig
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
     from cbd_hf.modeling import CBDModel
     from cbd_hf.sizing import plan_config
+    from cbd_hf.tokenization.collator import BridgeDataCollator
 
 __version__ = "0.1.0"
 
@@ -22,6 +25,9 @@ __version__ = "0.1.0"
 _MODULES = {
     "AdjacentPair": "cbd_hf.chain",
     "Anchor": "cbd_hf.chain",
+    "BridgeDataCollator": "cbd_hf.tokenization.collator",
+    "BridgeDistillationConfig": "cbd_hf.distillation.bridge.config",
+    "BridgeDistillationTrainer": "cbd_hf.distillation.bridge.trainer",
     "CBDModel": "cbd_hf.modeling",
     "DistillationChain": "cbd_hf.chain",
     "MiniLLMConfig": "cbd_hf.distillation.minillm.config",
@@ -48,6 +54,9 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdjacentPair",
     "Anchor",
+    "BridgeDataCollator",
+    "BridgeDistillationConfig",
+    "BridgeDistillationTrainer",
     "CBDModel",
     "DistillationChain",
     "MiniLLMConfig",

@@ -14,6 +14,8 @@ from cbd_hf import __version__
 # Subcommand -> (module with `main(argv)`, one line of help).
 COMMANDS = {
     "build": ("cbd_hf.commands.build", "distil a chain of anchors from a source model"),
+    "bridge": ("cbd_hf.commands.bridge", "reach a source of another tokenizer, by its answers or token by token"),
+    "transplant": ("cbd_hf.commands.transplant", "give a model the vocabulary of another tokenizer"),
     "init": ("cbd_hf.commands.init", "make models of any size from a chain"),
     "inspect": ("cbd_hf.commands.inspect", "show a chain as a table; --verify checks every file"),
     "plan": ("cbd_hf.commands.plan", "shape, FLOPs and memory of a chain's sizes, before any is made"),

@@ -17,12 +17,39 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
+
+
 def format_size(n_params: float) -> str:
     """A parameter count for people: `138.6M`, `1.72B`, `292.8k`."""
     for limit, unit, digits in ((1e9, "B", 2), (1e6, "M", 1), (1e3, "k", 1)):
         if n_params >= limit:
             return f"{n_params / limit:.{digits}f}{unit}"
     return f"{n_params:.0f}"
+
+
+def parse_size(text: str) -> float:
+    """
+    A number of parameters: `138e6`, `138_000_000`, `138M`, `1.7B`, `250k`.
+
+    Raises:
+        ValueError: it is not a number.
+    """
+    number, unit = text.strip(), 1.0
+    if number[-1:].upper() in _UNITS:
+        number, unit = number[:-1], _UNITS[number[-1].upper()]
+    try:
+        return float(number) * unit
+    except ValueError:
+        raise ValueError(f"n_params={text!r} is not a number of parameters; write 138e6 or 138M.") from None
+
+
+def size_name(n_params: float) -> str:
+    """The folder's name for a wanted size: `138M`, `1.7B`, `292.8k`."""
+    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n_params >= factor:
+            return f"{n_params / factor:.6g}{unit}"
+    return f"{n_params:g}"
 
 
 def check_n_params(n_params: float, smallest: int, largest: int) -> None:
@@ -318,7 +345,9 @@ __all__ = [
     "format_size",
     "lattice",
     "lattice_config",
+    "parse_size",
     "plan_config",
     "plan_cut",
     "recorded_cut",
+    "size_name",
 ]

@@ -12,9 +12,7 @@ from typing import Any
 from cbd_hf.alphas import AUTO, check_alpha
 from cbd_hf.commands.arguments import chain_first
 from cbd_hf.initializers import INITIALIZERS, RANDOM
-
-
-_UNITS = {"K": 1e3, "M": 1e6, "B": 1e9}
+from cbd_hf.sizing import parse_size, size_name
 
 
 @dataclass
@@ -121,30 +119,6 @@ def parse_alpha(text: str | float | None) -> float | dict[str, float] | str | No
         raise ValueError(
             f"alpha={text!r} is not understood; write 0.3, auto, or groups such as attention=0.5,ffn=0.3."
         ) from None
-
-
-def parse_size(text: str) -> float:
-    """
-    A number of parameters: `138e6`, `138_000_000`, `138M`, `1.7B`, `250k`.
-
-    Raises:
-        ValueError: it is not a number.
-    """
-    number, unit = text.strip(), 1.0
-    if number[-1:].upper() in _UNITS:
-        number, unit = number[:-1], _UNITS[number[-1].upper()]
-    try:
-        return float(number) * unit
-    except ValueError:
-        raise ValueError(f"n_params={text!r} is not a number of parameters; write 138e6 or 138M.") from None
-
-
-def size_name(n_params: float) -> str:
-    """The folder's name for a wanted size: `138M`, `1.7B`, `292.8k`."""
-    for unit, factor in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if n_params >= factor:
-            return f"{n_params / factor:.6g}{unit}"
-    return f"{n_params:g}"
 
 
 def run(args: InitArguments) -> list[dict[str, Any]]:
@@ -260,4 +234,4 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(args)
 
 
-__all__ = ["InitArguments", "main", "parse_size", "run", "size_name"]
+__all__ = ["InitArguments", "main", "parse_alpha", "run"]

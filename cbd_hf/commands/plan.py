@@ -162,7 +162,7 @@ class PlanArguments:
     @property
     def sizes(self) -> list[float]:
         """The wanted numbers of parameters; empty for all."""
-        from cbd_hf.commands.init import parse_size
+        from cbd_hf.sizing import parse_size
 
         return [parse_size(size) for size in _listed(self.n_params)]
 

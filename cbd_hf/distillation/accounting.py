@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from cbd_hf._trl import GKDTrainer
-from cbd_hf.distillation.batching import BLANK, EXAMPLE_ID, is_blank
+from cbd_hf.data.columns import EXAMPLE_ID
+from cbd_hf.distillation.batching import BLANK, is_blank
 from cbd_hf.distillation.checkpoints import last_complete_checkpoint, last_written_checkpoint
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.guards import LossGuard

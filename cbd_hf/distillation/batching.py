@@ -11,16 +11,16 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 
-from cbd_hf.distillation.columns import IGNORED
+from cbd_hf.data.columns import EXAMPLE_ID, IGNORED
 
 
 if TYPE_CHECKING:
     from cbd_hf.distillation.config import StepwiseDistillationConfig
 
-EXAMPLE_ID = "example_id"
 TEACHER_ROW = "teacher_row"
 BLANK = -1  # the example_id of a row that fills up a step and counts nothing
 TEACHER_PREFIX = "teacher_"  # of a batch's entries that come from a cache
+SOURCE_PREFIX = "source_"  # of the inputs of a source that reads other tokens than the student
 
 
 class CachedRows(Protocol):
@@ -66,7 +66,7 @@ class DistillationCollator:
         ]
         batch = dict(self.collator(plain))
         if blank:
-            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            batch |= {name: torch.full_like(batch[name], IGNORED) for name in _LABELS if name in batch}
         if self.trim:
             batch = trimmed(batch, self.multiple)
         if EXAMPLE_ID in examples[0]:
@@ -82,19 +82,36 @@ class DistillationCollator:
         return batch
 
 
+_LABELS = ("labels", SOURCE_PREFIX + "labels")
+
+
+def _labels_of(name: str, batch: dict[str, Any]) -> torch.Tensor:
+    """The labels of the model that reads an entry, which has their shape."""
+    return batch[_LABELS[name.startswith(SOURCE_PREFIX)]]
+
+
+def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions' next token is supervised; bool, in the shape of `labels`: (rows, length)."""
+    chosen = torch.zeros_like(labels, dtype=torch.bool)
+    chosen[:, :-1] = labels[:, 1:] != IGNORED
+    return chosen
+
+
 def trimmed(batch: dict[str, Any], multiple: int = 1) -> dict[str, Any]:
     """A padded batch without the columns behind its last supervised token, on which under causal attention nothing
     that is learnt depends."""
     if "attention_mask" not in batch or "labels" not in batch:
         return batch  # padding-free: rows lie one behind the other
-    shape = batch["labels"].shape
-    columns = (batch["labels"] != IGNORED).any(dim=0).nonzero().flatten()
-    needed = max(2, int(columns[-1]) + 1) if len(columns) else 2
-    length = min(shape[1], -(-needed // multiple) * multiple)
-    return {
-        name: value[:, :length] if isinstance(value, torch.Tensor) and value.shape == shape else value
-        for name, value in batch.items()
-    }
+
+    def cut(name: str, value: Any) -> Any:
+        labels = _labels_of(name, batch)
+        if not isinstance(value, torch.Tensor) or value.shape != labels.shape:
+            return value
+        columns = (labels != IGNORED).any(dim=0).nonzero().flatten()
+        needed = max(2, int(columns[-1]) + 1) if len(columns) else 2
+        return value[:, : -(-needed // multiple) * multiple]
+
+    return {name: cut(name, value) for name, value in batch.items()}
 
 
 def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
@@ -103,29 +120,36 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
 
     Args:
         batch (`dict[str, Any]`): from a [`DistillationCollator`].
-        tokens (`int`): positions of a part, padding included.
+        tokens (`int`): positions of a part, padding included; with a source of other tokens on average of the two.
     """
-    labels = batch["labels"]
-    if "attention_mask" not in batch or labels.ndim != 2:
+    if "attention_mask" not in batch or batch["labels"].ndim != 2:
         return [batch]
-    supervised = labels != IGNORED
-    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    lengths = (supervised * positions).amax(-1).clamp(min=2).tolist()
-    starts, width = [0], 0
-    for row, length in enumerate(lengths):
-        width = max(width, length)
-        if row > starts[-1] and (row + 1 - starts[-1]) * width > tokens:
+    sides = {name: _needed_lengths(batch[name]) for name in _LABELS if name in batch}
+    starts, widths = [0], [0] * len(sides)
+    for row, lengths in enumerate(zip(*sides.values(), strict=True)):
+        widths = [*map(max, widths, lengths)]
+        if row > starts[-1] and (row + 1 - starts[-1]) * sum(widths) > tokens * len(sides):
             starts.append(row)
-            width = length
-    bounds = [*zip(starts, [*starts[1:], len(lengths)], strict=True)]
-    cached = [0, *supervised[:, 1:].sum(-1).cumsum(0).tolist()]  # of the entries that lie one row behind the other
+            widths = [*lengths]
+    bounds = [*zip(starts, [*starts[1:], len(batch["labels"])], strict=True)]
+    # Entries of a cache lie one row behind the other.
+    known = batch[[*sides][-1]]
+    cached = [0, *supervised_positions(known).sum(-1).cumsum(0).tolist()]
 
     def part(name: str, value: Any, first: int, last: int) -> Any:
         if name.startswith(TEACHER_PREFIX):
             return value[cached[first] : cached[last]]
-        return value[first:last, : max(lengths[first:last])] if value.shape == labels.shape else value[first:last]
+        if value.shape != _labels_of(name, batch).shape:
+            return value[first:last]
+        return value[first:last, : max(sides[_LABELS[name.startswith(SOURCE_PREFIX)]][first:last])]
 
     return [{name: part(name, value, *bound) for name, value in batch.items()} for bound in bounds]
+
+
+def _needed_lengths(labels: torch.Tensor) -> list[int]:
+    """Columns of each row up to its last supervised token."""
+    positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    return ((labels != IGNORED) * positions).amax(-1).clamp(min=2).tolist()
 
 
 def number_examples(dataset: Dataset, teacher_rows: Sequence[int] | None = None) -> Dataset:
@@ -271,7 +295,7 @@ def row_lengths(dataset: Dataset) -> list[int]:
 
 __all__ = [
     "BLANK",
-    "EXAMPLE_ID",
+    "SOURCE_PREFIX",
     "TEACHER_PREFIX",
     "TEACHER_ROW",
     "DistillationCollator",
@@ -284,6 +308,7 @@ __all__ = [
     "row_lengths",
     "split_batch",
     "step_sampler",
+    "supervised_positions",
     "trimmed",
     "with_blank_row",
 ]

@@ -6,10 +6,10 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf.data.columns import dataset_kind
 from cbd_hf.data.instructions import load_instructions
 from cbd_hf.data.sources import load_split
 from cbd_hf.data.text import load_texts, split_rows, train_valid_split
-from cbd_hf.distillation.columns import dataset_kind
 from cbd_hf.distillation.recipe import BuildArguments
 
 

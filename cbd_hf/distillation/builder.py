@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from cbd_hf._files import atomic_write_text, check_output_directory, sha256_of
 from cbd_hf._hub import anchor_directory
+from cbd_hf._loading import plain_loading
 from cbd_hf.chain import MANIFEST, DistillationChain, append_anchor
 from cbd_hf.checkpoint import weight_files
 from cbd_hf.data.sources import resolve_checkpoint
+from cbd_hf.distillation.bridge.recipe import bridge_name
+from cbd_hf.distillation.bridge.stage import make_bridge
 from cbd_hf.distillation.build_data import BuildData, load_build_data
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
@@ -40,12 +44,15 @@ from cbd_hf.distillation.recipe import (
 from cbd_hf.distillation.stages import distil, make_once, measure_once, stage_record, supervise
 from cbd_hf.families import check_same_family
 from cbd_hf.layout import count_parameters
+from cbd_hf.modeling import CBDModel
+from cbd_hf.sizing import check_n_params, parse_size, size_name
 
 
 logger = logging.getLogger(__name__)
 
 RECIPE = "recipe.json"
 _CUT = "cbd_cut.json"
+_METRICS = ("bits_per_byte_before", "bits_per_byte_after")
 _AFTER_A_BAD_LOSS = (
     "This was a build's stage, {name}. If the loss was right, raise max_loss_ratio and run the same command again: it "
     "goes on from the last complete checkpoint. Another learning_rate or dataset makes another chain: choose a new "
@@ -65,6 +72,7 @@ class _Build:
     source: Path
     source_name: str
     basis: str
+    bridge: Path | None  # what the bridge is before it learns from the source
 
 
 def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> DistillationChain:
@@ -92,11 +100,15 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     if not (chain / MANIFEST).is_file() and not (work / RECIPE).is_file():
         check_output_directory(chain)
     source = anchor_directory(resolve_checkpoint(args.source))
+    bridge = anchor_directory(resolve_checkpoint(args.bridge["checkpoint"])) if args.bridge else None
+    largest = bridge or source  # of the chain's own family
     data = load_build_data(args, training.dataset_text_field, training.seed)
     digest = {path.name: sha256_of(path) for path in weight_files(source)}
+    if bridge:
+        digest |= {f"bridge {path.name}": sha256_of(path) for path in weight_files(bridge)}
     record = recipe_record(args, training, json.dumps(digest, sort_keys=True), data.digest)
     _check_resumable(chain, work, record)
-    sort = _check_anchors(source, args.anchors)
+    sort = _check_anchors(largest, args)
     _check_first_cache(source, sort, first_cache(args, training))
     build = _Build(
         args=args,
@@ -104,10 +116,11 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
         chain=chain,
         work=work,
         data=data,
-        tokenizer=AutoTokenizer.from_pretrained(source),
+        tokenizer=AutoTokenizer.from_pretrained(largest),
         source=source,
         source_name=args.source,
         basis="importance-sorted" if sort else "as-is",
+        bridge=bridge,
     )
     if PartialState().is_main_process:
         work.mkdir(parents=True, exist_ok=True)
@@ -120,14 +133,40 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     return DistillationChain.from_pretrained(chain)
 
 
+def make_sizes(chain: DistillationChain, sizes: Sequence[str | float], directory: Path) -> list[Path]:
+    """
+    Make models of several sizes from a finished chain, on the main process; those that are there already stay.
+
+    Args:
+        chain (`DistillationChain`): finished.
+        sizes (`Sequence[str]`): numbers of parameters, such as `138M`.
+        directory (`Path`): each model goes to `<directory>/<size>`.
+
+    Returns:
+        `list[Path]`: where they are.
+
+    Raises:
+        ValueError: a size is outside of the chain's range.
+    """
+    numbers = [parse_size(str(size)) for size in sizes]
+    places = [directory / size_name(number) for number in numbers]
+    missing = [pair for pair in zip(numbers, places, strict=True) if not pair[1].exists()]
+    if missing and PartialState().is_main_process:
+        with plain_loading():
+            CBDModel.save_from_chain(chain, *(list(values) for values in zip(*missing, strict=True)))
+    PartialState().wait_for_everyone()
+    return places
+
+
 def _shape_options(anchor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in anchor.items() if name in {*SHAPE_OPTIONS, "n_params"}}
 
 
-def _check_anchors(source: Path, anchors: list[dict[str, Any]]) -> bool:
+def _check_anchors(largest: Path, args: BuildArguments) -> bool:
     """Walk the chain's configs before any work; whether one of the cuts is narrower than what it is cut from."""
-    config, narrower, public = AutoConfig.from_pretrained(source), False, False
-    for anchor in anchors:
+    config, narrower, public = AutoConfig.from_pretrained(largest), False, False
+    counts = [count_parameters(config)]
+    for anchor in args.anchors:
         shape = _shape_options(anchor)
         if shape:
             narrower = narrower or changes_width(config, shape)
@@ -136,9 +175,13 @@ def _check_anchors(source: Path, anchors: list[dict[str, Any]]) -> bool:
             public = True
             smaller = AutoConfig.from_pretrained(anchor_directory(resolve_checkpoint(anchor["checkpoint"])))
             check_same_family(smaller, config)
-        if count_parameters(smaller) >= count_parameters(config):
+        counts.append(count_parameters(smaller))
+        if counts[-1] >= counts[-2]:
             raise ValueError(f"Anchor {anchor['name']!r} is not smaller than the one before: list the largest first.")
         config = smaller
+    begins = 0 if args.include_source or args.bridge else 1  # the first of them that is in the chain
+    for size in args.sizes:
+        check_n_params(parse_size(str(size)), counts[-1], counts[begins])
     if narrower and public:
         raise ValueError(
             "A chain cannot both start anchors from public checkpoints and cut others narrower: a cut in width needs "
@@ -185,10 +228,15 @@ def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
 
 def _run(build: _Build, record: dict[str, Any]) -> None:
     finished = len(DistillationChain.from_pretrained(build.chain)) if (build.chain / MANIFEST).is_file() else 0
-    stages: list[dict[str, Any]] = [*([_SOURCE] if build.args.include_source else []), *build.args.anchors]
+    first: list[dict[str, Any]] = [_SOURCE] if build.args.include_source else []
+    if build.args.bridge:
+        first = [{"name": bridge_name(build.args.bridge)}]
+    stages = [*first, *build.args.anchors]
     if finished == len(stages):
         return
-    teacher, teacher_name = _prepared_source(build), "source"
+    teacher, teacher_name = build.source, "source"
+    if not build.args.bridge:
+        teacher = _prepared_source(build)
     metadata: dict[str, Any] = {"recipe": record, "base_model": build.source_name}
     if build.args.license:
         metadata["license"] = build.args.license
@@ -199,6 +247,9 @@ def _run(build: _Build, record: dict[str, Any]) -> None:
             if stage is _SOURCE:
                 measured = _measure(build, "source", teacher)
                 metadata["source_bits_per_byte"] = measured["bits_per_byte"] if measured else None
+            elif stage in first:
+                logger.info("Stage %d of %d: %s -> %s", 1, len(stages), build.source_name, stage["name"])
+                checkpoint, details = _bridge_anchor(build, stage["name"])
             else:
                 logger.info("Stage %d of %d: %s -> %s", position + 1, len(stages), teacher_name, stage["name"])
                 checkpoint, details = _distil_anchor(build, stage, teacher, teacher_name)
@@ -224,6 +275,11 @@ def _prepared_source(build: _Build) -> Path:
     if build.args.supervised:
         output = build.work / "source-supervised"
         source = supervise(source, output, build.args.supervised, build.training, build.data.train, build.tokenizer)
+    return _in_basis(build, source, build.work / "source-sorted")
+
+
+def _in_basis(build: _Build, source: Path, directory: Path) -> Path:
+    """The chain's largest model with its coordinates sorted, where anchors are cut narrower."""
     if build.basis == "as-is":
         return source
 
@@ -231,7 +287,33 @@ def _prepared_source(build: _Build) -> Path:
         sorted_checkpoint(source, build.data.calibration(build.tokenizer), directory)
         build.tokenizer.save_pretrained(directory)
 
-    return make_once(build.work / "source-sorted", sort)
+    return make_once(directory, sort)
+
+
+def _bridge_anchor(build: _Build, name: str) -> tuple[Path, dict[str, Any]]:
+    """(trained checkpoint, its `stage` and `cut` records) of anchor zero of a source of another family."""
+    assert build.bridge is not None and build.args.bridge is not None
+    directory = build.work / name
+    before = _measure(build, f"{name}/before", build.bridge)
+    data = {"dataset": build.args.dataset, "sha256": build.data.digest}
+    try:
+        trained, stage = make_bridge(
+            build.args.bridge,
+            build.training,
+            source=build.source,
+            source_name=build.source_name,
+            student=build.bridge,
+            work=directory,
+            dataset=build.data.train,
+            data=data,
+            tokenizer=build.tokenizer,
+        )
+    except LossError as error:
+        raise LossError(f"{error}\n{_AFTER_A_BAD_LOSS.format(name=name)}") from error
+    after = _measure(build, f"{name}/after", trained)
+    if before and after:
+        stage["metrics"] = {key: value["bits_per_byte"] for key, value in zip(_METRICS, (before, after), strict=True)}
+    return _in_basis(build, trained, directory / "sorted"), {"stage": stage, "cut": None}
 
 
 def _distil_anchor(
@@ -268,7 +350,7 @@ def _distil_anchor(
     after = _measure(build, f"{anchor['name']}/after", trained)
     metrics = {}
     if before and after:
-        metrics = {"bits_per_byte_before": before["bits_per_byte"], "bits_per_byte_after": after["bits_per_byte"]}
+        metrics = {key: value["bits_per_byte"] for key, value in zip(_METRICS, (before, after), strict=True)}
     data = {"dataset": build.args.dataset, "sha256": build.data.digest}
     teacher_label = build.source_name if teacher_name == "source" else teacher_name
     stage = stage_record(
@@ -289,4 +371,4 @@ def _measure(build: _Build, name: str, checkpoint: Path) -> dict[str, float] | N
     return measure_once(path, checkpoint, build.tokenizer, build.data.held_out, build.args.eval_max_length)
 
 
-__all__ = ["build_chain"]
+__all__ = ["build_chain", "make_sizes"]

@@ -4,36 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cbd_hf.data.columns import IGNORED, dataset_kind
+
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from transformers import PreTrainedTokenizerBase
 
     from cbd_hf.distillation.config import StepwiseDistillationConfig
-
-IGNORED = -100
-
-
-def dataset_kind(columns: list[str], text_field: str = "text") -> str:
-    """
-    `"tokens"`, `"answers"`, `"messages"` or `"text"`, by the columns of a dataset.
-
-    Raises:
-        ValueError: none of the accepted sets of columns is there.
-    """
-    if "input_ids" in columns:
-        return "tokens"
-    if {"prompt", "completion"} <= set(columns):
-        return "answers"
-    if "messages" in columns:
-        return "messages"
-    if text_field in columns:
-        return "text"
-    raise ValueError(
-        f"The dataset has the columns {sorted(columns)}; distillation needs one of: {text_field!r} (plain text; "
-        "dataset_text_field names another column), 'prompt' and 'completion', 'messages', or 'input_ids' (with "
-        "'labels'). Rename or map the columns first."
-    )
 
 
 def check_datasets(args: StepwiseDistillationConfig, train: Any, evaluated: Any = None) -> None:
@@ -107,4 +85,4 @@ def supervise_turns(
     )
 
 
-__all__ = ["IGNORED", "check_datasets", "dataset_kind", "supervise_turns", "tokenize_turns"]
+__all__ = ["check_datasets", "supervise_turns", "tokenize_turns"]

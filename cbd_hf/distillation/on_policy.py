@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from cbd_hf._trl import pad
-from cbd_hf.distillation.columns import IGNORED
+from cbd_hf.data.columns import IGNORED
 
 
 def draw_on_policy(lmbda: float, seed: int, step: int) -> bool:

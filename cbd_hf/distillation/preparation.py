@@ -13,7 +13,8 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_training_chat_template
 
-from cbd_hf.distillation.columns import dataset_kind, supervise_turns
+from cbd_hf.data.columns import dataset_kind
+from cbd_hf.distillation.columns import supervise_turns
 
 
 def supervise_conversations(

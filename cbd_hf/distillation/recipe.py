@@ -14,9 +14,12 @@ from typing import Any
 from trl import SFTConfig
 
 from cbd_hf._candidates import safe_name
+from cbd_hf.distillation.bridge.recipe import check_bridge
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import SHAPE_OPTIONS
+from cbd_hf.distillation.options import typed_options
+from cbd_hf.sizing import parse_size
 
 
 ANCHOR_OPTIONS = {"checkpoint", "name", "supervised", "training", "n_params", *SHAPE_OPTIONS}
@@ -81,6 +84,14 @@ class BuildArguments:
         default_factory=list,
         metadata={"help": "Largest first: name, and checkpoint or a shape to cut; see docs/building.md. YAML only."},
     )
+    bridge: dict | None = field(
+        default=None,
+        metadata={
+            "help": "A model of the chain's own family that learns from a source of another one first, and is the "
+            "chain's largest anchor: checkpoint, and optionally name, method, training, supervised, answers, filters; "
+            "see docs/bridge.md. YAML only."
+        },
+    )
     include_source: bool = field(
         default=False, metadata={"help": "Make the source itself the chain's largest anchor, undistilled."}
     )
@@ -106,6 +117,10 @@ class BuildArguments:
             "before its distillation, the paper's first phase. By default none. JSON."
         },
     )
+    sizes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Models to make in <output_dir>.models when the chain is done, such as 138M 380M."},
+    )
     license: str | None = field(default=None, metadata={"help": "Licence for the chain's model card."})
 
 
@@ -116,6 +131,13 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
     names = [anchor.get("name") for anchor in args.anchors]
     if args.include_source:
         names.append("source")
+    if args.bridge is not None:
+        names.append(check_bridge(args.bridge, training, args.data_format))
+        _check_name(names[-1], "The bridge")
+        if args.include_source:
+            raise ValueError("include_source=True is not possible with `bridge`: the source is of another family.")
+    for size in args.sizes:
+        parse_size(str(size))
     for position, anchor in enumerate(args.anchors):
         unknown = set(anchor) - ANCHOR_OPTIONS
         if unknown:
@@ -125,12 +147,7 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
         name = anchor.get("name")
         if not name or names.count(name) > 1:
             raise ValueError(f"Anchor {position} needs a name of its own, got {name!r}.")
-        # It names a directory of unfinished work, which is removed when the stage is done.
-        if not isinstance(name, str) or safe_name(name) != name or name in RESERVED_NAMES:
-            raise ValueError(
-                f"Anchor {position} cannot be named {name!r}: use letters, digits, '.', '_' and '-', and none "
-                f"of {sorted(RESERVED_NAMES)}."
-            )
+        _check_name(name, f"Anchor {position}")
         shape = set(anchor) & {*SHAPE_OPTIONS, "n_params"}
         if bool(shape) == ("checkpoint" in anchor):
             raise ValueError(
@@ -145,6 +162,15 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
     _check_caches(args, training)
 
 
+def _check_name(name: Any, what: str) -> None:
+    # It names a directory of unfinished work, which is removed when the stage is done.
+    if not isinstance(name, str) or safe_name(name) != name or name in RESERVED_NAMES:
+        raise ValueError(
+            f"{what} cannot be named {name!r}: use letters, digits, '.', '_' and '-', and none of "
+            f"{sorted(RESERVED_NAMES)}."
+        )
+
+
 def _check_caches(args: BuildArguments, training: StepwiseDistillationConfig) -> None:
     """A cache holds one teacher's predictions, and every stage has another teacher."""
     if training.teacher_cache and len(args.anchors) > 1:
@@ -156,6 +182,11 @@ def _check_caches(args: BuildArguments, training: StepwiseDistillationConfig) ->
         directory = (anchor.get("training") or {}).get("teacher_cache", training.teacher_cache)
         if not directory:
             continue
+        if not position and args.bridge is not None:
+            raise ValueError(
+                f"teacher_cache={directory!r} cannot have the predictions of the bridge, which this recipe makes: "
+                "leave the cache out."
+            )
         if not position and args.supervised:
             raise ValueError(
                 f"teacher_cache={directory!r} has the predictions of the source as it is, but `supervised` trains the "
@@ -182,7 +213,7 @@ def stage_training(
         ValueError: an override is not an option of the trainer, or its value is out of range.
     """
     stage = copy.copy(base)
-    for name, value in _options(type(base), overrides, "training").items():
+    for name, value in typed_options(type(base), overrides, "training").items():
         setattr(stage, name, value)
     stage.output_dir = str(output_dir)
     stage.save_total_limit = stage.save_total_limit or 2
@@ -193,20 +224,7 @@ def stage_training(
 
 def supervised_options(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of a supervised phase. Raises `ValueError` for one that `SFTConfig` does not have."""
-    return _options(SFTConfig, options, "supervised")
-
-
-def _options(config: type, values: Mapping[str, Any] | None, where: str) -> dict[str, Any]:
-    fields = {entry.name: entry for entry in dataclasses.fields(config) if entry.init}
-    result = {}
-    for name, value in (values or {}).items():
-        if name not in fields or name == "output_dir":
-            raise ValueError(f"`{where}` has {name!r}, which is not an option of the trainer.")
-        default = fields[name].default
-        if isinstance(value, str) and isinstance(default, int | float) and not isinstance(default, bool):
-            value = float(value)  # YAML reads 2e-4 as text
-        result[name] = value
-    return result
+    return typed_options(SFTConfig, options, "supervised")
 
 
 def recipe_record(
@@ -225,7 +243,8 @@ def recipe_record(
         "training": options,
         "rows_per_step": _rows_per_step(args, training),
     }
-    record.pop("license")
+    for name in ("license", "sizes"):  # nothing is learnt from them
+        record.pop(name)
     return what_is_learnt(json.loads(json.dumps(record, default=str)))
 
 
@@ -242,12 +261,18 @@ def what_is_learnt(record: Mapping[str, Any]) -> dict[str, Any]:
         for anchor in record["anchors"]
     ]
     phases = {name: kept(record[name]) for name in ("supervised", "training")}
+    if record.get("bridge"):
+        bridge = record["bridge"]
+        phases["bridge"] = bridge | {name: kept(bridge[name]) for name in ("supervised", "training") if name in bridge}
     return {**record, **phases, "anchors": anchors}
 
 
 def _rows_per_step(args: BuildArguments, training: StepwiseDistillationConfig) -> dict[str, int]:
     """Rows of the global batch of every phase: per device x accumulation x processes."""
     phases = {"supervised": args.supervised}
+    if args.bridge is not None:
+        phases["bridge"] = args.bridge.get("training")
+        phases["bridge/supervised"] = args.bridge.get("supervised")
     for anchor in args.anchors:
         phases[anchor["name"]] = anchor.get("training")
         phases[f"{anchor['name']}/supervised"] = anchor.get("supervised", args.supervised)

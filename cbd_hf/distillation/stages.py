@@ -19,7 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from cbd_hf._files import atomic_write_text, commit_directory, remove_staging, staging_directory
 from cbd_hf._loading import plain_loading
-from cbd_hf.distillation.columns import dataset_kind, supervise_turns
+from cbd_hf.data.columns import dataset_kind
+from cbd_hf.distillation.columns import supervise_turns
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.recipe import supervised_options
 from cbd_hf.distillation.resuming import save_whole, train_resumably
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 _PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
 
 
-def _own_deepspeed(config: SFTConfig) -> None:
+def own_deepspeed(config: SFTConfig) -> None:
     """A DeepSpeed plugin for this stage alone: accelerate refuses one while the state of the last Trainer stands."""
     if config.deepspeed_plugin is not None:
         AcceleratorState._reset_state()
@@ -102,14 +103,26 @@ def supervise(
         for entry in dataclasses.fields(SFTConfig)
         if entry.init and entry.name in _SHARED_WITH_SUPERVISED
     }
-    config = SFTConfig(
-        **shared
-        | {"save_total_limit": 2}
-        | supervised_options(options)
-        | {"output_dir": str(output.with_name("supervised-trainer"))}
+    return supervise_with(
+        SFTConfig(
+            **shared
+            | {"save_total_limit": 2}
+            | supervised_options(options)
+            | {"output_dir": str(output.with_name("supervised-trainer"))}
+        ),
+        checkpoint,
+        output,
+        dataset,
+        tokenizer,
     )
-    _own_deepspeed(config)
-    if dataset_kind(dataset.column_names, base.dataset_text_field) == "messages":
+
+
+def supervise_with(
+    config: SFTConfig, checkpoint: Path | str, output: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """[`supervise`] with options of its own, whose `output_dir` is for unfinished work."""
+    own_deepspeed(config)
+    if dataset_kind(dataset.column_names, config.dataset_text_field) == "messages":
         dataset = supervise_turns(dataset, tokenizer)  # SFTTrainer would train the user's turns as well
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
@@ -160,18 +173,33 @@ def distil(
     Returns:
         `dict[str, Any]`: steps, tokens, seconds and the last logged divergence; kept in `output`'s sibling JSON file.
     """
+
+    def make() -> StepwiseDistillationTrainer:
+        own_deepspeed(config)
+        return StepwiseDistillationTrainer(
+            AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
+            str(teacher),
+            config,
+            train_dataset=dataset,
+            processing_class=tokenizer,
+        )
+
+    return train_once(output, make)
+
+
+def train_once(output: Path, make_trainer: Callable[[], StepwiseDistillationTrainer]) -> dict[str, Any]:
+    """
+    Train and save an anchor as `output`, unless that has been done; see [`distil`] for what is returned.
+
+    Args:
+        output (`Path`): where the anchor goes.
+        make_trainer (`Callable`): called if there is something to train.
+    """
     record_path = output.with_name(f"{output.name}.json")
     if output.exists() and record_path.exists():
         return json.loads(record_path.read_text())
     started = time.perf_counter()
-    _own_deepspeed(config)
-    trainer = StepwiseDistillationTrainer(
-        AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32),
-        str(teacher),
-        config,
-        train_dataset=dataset,
-        processing_class=tokenizer,
-    )
+    trainer = make_trainer()
 
     def save(directory: Path) -> None:
         trainer.save_anchor(directory)
@@ -223,6 +251,9 @@ __all__ = [
     "distil",
     "make_once",
     "measure_once",
+    "own_deepspeed",
     "stage_record",
     "supervise",
+    "supervise_with",
+    "train_once",
 ]

@@ -208,9 +208,14 @@ class StudentLoss:
         device = hidden.device if head.weight is None else head.weight.device
         if device != here:  # a student split over devices, whose head lies on another one than its inputs
             predictions = predictions.to(device)
-        values = tiled_loss(hidden.to(device), head, predictions, labels.to(device), self.objective)
+        values = self._loss(hidden.to(device), head, predictions, labels.to(device))
         total, divergence = (value.to(here) for value in values)
         return total, divergence
+
+    def _loss(
+        self, hidden: torch.Tensor, head: Head, predictions: Predictions, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return tiled_loss(hidden, head, predictions, labels, self.objective)
 
     def _distance(self, layers: list[torch.Tensor], predictions: Predictions) -> torch.Tensor:
         # Through the model's attribute: an adapter's wrapper may have put its own module there.

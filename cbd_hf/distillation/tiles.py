@@ -172,9 +172,14 @@ def multiplies_in_bfloat16(hidden: torch.Tensor) -> bool:
     return device == "cuda" and dtype == torch.bfloat16
 
 
+def tile_values(device: torch.device) -> int:
+    """Logits of one tile."""
+    return _TILE_VALUES.get(device.type, _TILE_VALUES_ELSEWHERE)
+
+
 def tile_slices(positions: int, vocab: int, device: torch.device) -> Iterator[slice]:
     """Positions in slices whose logits stay in a CPU's cache, or small on a GPU."""
-    size = max(1, _TILE_VALUES.get(device.type, _TILE_VALUES_ELSEWHERE) // vocab)
+    size = max(1, tile_values(device) // vocab)
     return (slice(start, start + size) for start in range(0, positions, size))
 
 
@@ -336,4 +341,12 @@ def _sparse_tile(
     return total, part, gradient
 
 
-__all__ = ["Projection", "head_rows", "multiplies_in_bfloat16", "take_gradients", "tile_slices", "tiled_loss"]
+__all__ = [
+    "Projection",
+    "head_rows",
+    "multiplies_in_bfloat16",
+    "take_gradients",
+    "tile_slices",
+    "tile_values",
+    "tiled_loss",
+]

@@ -18,10 +18,10 @@ from cbd_hf._trl import (
     GKDTrainer,
     unwrap_model_for_generation,
 )
+from cbd_hf.data.columns import EXAMPLE_ID, IGNORED
 from cbd_hf.distillation.accounting import AccountingTrainer
 from cbd_hf.distillation.anchors import check_savable, write_anchor
 from cbd_hf.distillation.batching import (
-    EXAMPLE_ID,
     TEACHER_PREFIX,
     TEACHER_ROW,
     DistillationCollator,
@@ -30,9 +30,10 @@ from cbd_hf.distillation.batching import (
     numbered,
     split_batch,
     step_sampler,
+    supervised_positions,
     with_blank_row,
 )
-from cbd_hf.distillation.columns import IGNORED, check_datasets
+from cbd_hf.distillation.columns import check_datasets
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.on_policy import draw_on_policy, on_policy_examples, prompt_of, sample_completions
 from cbd_hf.distillation.packing import check_packing
@@ -143,7 +144,7 @@ class StepwiseDistillationTrainer(AccountingTrainer):
             processing_class = load_tokenizer(student_path, kwargs, args.trust_remote_code)
         if processing_class.pad_token is None:
             processing_class.pad_token = processing_class.eos_token
-        self._cache = open_cache(args, processing_class, teacher_model)
+        self._cache = self._open_cache(args, processing_class, teacher_model)
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs, args.trust_remote_code, torch.float32)
         check_savable(model)
@@ -197,16 +198,32 @@ class StepwiseDistillationTrainer(AccountingTrainer):
             self.teacher = self._live_teacher(teacher_model, teacher_processing_class, layers[1])
         else:
             vocab = self._cache.manifest.vocab_size
-            check_same_vocabulary(self.model, vocab, self.processing_class)
+            self._check_vocabulary(vocab, None)
             self.teacher = CachedTeacher(vocab, layers=layers[1])
         self.lmbda = args.lmbda
         self.temperature = args.temperature
         student = self.accelerator.unwrap_model(self.model)
-        self._student_loss = StudentLoss(student, args.make_objective(), layers[0], args.hidden_loss_weight)
+        self._student_loss = self._make_student_loss(student, layers[0])
         if args.compile_layers:
             compile_decoder_layers(student)
         self._tokens_per_pass = self._choose_tokens_per_pass()
         self._start_accounting()
+
+    # What a bridge, whose teacher has other tokens, does in another way.
+
+    def _open_cache(self, args: Any, tokenizer: PreTrainedTokenizerBase, teacher: Any) -> Any:
+        return open_cache(args, tokenizer, teacher)
+
+    def _check_vocabulary(self, teacher: PreTrainedModel | int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Raise unless the teacher (or a cache of so many tokens) goes with the student."""
+        check_same_vocabulary(self.model, teacher, self.processing_class, tokenizer)
+
+    def _make_student_loss(self, student: torch.nn.Module, layers: list[int]) -> StudentLoss:
+        return StudentLoss(student, self.args.make_objective(), layers, self.args.hidden_loss_weight)
+
+    def _predictions(self, inputs: dict[str, Any], chosen: torch.Tensor, cached: dict[str, torch.Tensor]) -> Any:
+        """What the teacher says at the `chosen` positions; takes out of `inputs` what is not the student's."""
+        return self.teacher.predict(inputs, chosen, cached)
 
     def _live_teacher(self, teacher: Any, tokenizer: PreTrainedTokenizerBase | None, layers: list[int]) -> LiveTeacher:
         args = self.args
@@ -221,7 +238,7 @@ class StepwiseDistillationTrainer(AccountingTrainer):
             if args.teacher_dtype not in (None, "auto"):
                 teacher = teacher.to(args.teacher_torch_dtype())
         tokenizer = tokenizer or find_tokenizer(path, kwargs, args.trust_remote_code)
-        check_same_vocabulary(self.model, teacher, self.processing_class, tokenizer)
+        self._check_vocabulary(teacher, tokenizer)
         return LiveTeacher(teacher, self.accelerator, args.teacher_placement, layers, args.compile_layers)
 
     def _leave_router_loss_out(self) -> None:
@@ -371,11 +388,10 @@ class StepwiseDistillationTrainer(AccountingTrainer):
         if self._pads_right and "attention_mask" in inputs:
             # Behind the last token, where no other looks under causal attention: kernels are faster without a mask.
             del inputs["attention_mask"]
-        chosen = torch.zeros_like(labels, dtype=torch.bool)
-        chosen[:, :-1] = labels[:, 1:] != IGNORED
+        chosen = supervised_positions(labels)
         targets = labels[:, 1:][chosen[:, :-1]]
         with self.accelerator.autocast():
-            predictions = self.teacher.predict(inputs, chosen, cached)
+            predictions = self._predictions(inputs, chosen, cached)
             parts = self._student_loss(model, inputs, chosen, targets, predictions)
         tokens = len(targets)
         if num_items_in_batch is None:

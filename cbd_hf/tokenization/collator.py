@@ -185,10 +185,10 @@ class BridgeDataCollator:
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> SpecialIds:
     """BOS, if the tokenizer puts it in front of texts, EOS, and all special and added tokens of a tokenizer."""
-    first = tokenizer("x").input_ids[0]
+    first = next(iter(tokenizer("x").input_ids), None)  # one without byte fallback may drop unknown characters
     added = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     return SpecialIds(
-        bos=first if first == tokenizer.bos_token_id else None,
+        bos=first if first is not None and first == tokenizer.bos_token_id else None,
         eos=tokenizer.eos_token_id,
         added=np.array(sorted(added), np.int64),
     )

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cbd_hf import CBDModel, DistillationChain, plan_config
 from cbd_hf.cli import main as cbd
-from cbd_hf.commands.init import InitArguments, main, parse_alpha, parse_size, size_name
+from cbd_hf.commands.init import InitArguments, main, parse_alpha
 from cbd_hf.shards import ShardWriter
+from cbd_hf.sizing import parse_size, size_name
 from tests.chain.helpers import assert_same_weights
 
 

@@ -1,4 +1,4 @@
-"""What is trained over every split: objectives, on- and off-policy, cached, with hidden states, adapters."""
+"""What is trained over every split: objectives, on- and off-policy, cached, with hidden states, adapters, bridges."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
-from ..models import VOCAB, random_model, tiny_config, tiny_tokenizer
+from ..models import VOCAB, random_model, tiny_config, tiny_tokenizer, words
 
 
 @dataclass(frozen=True)
@@ -18,8 +22,10 @@ class Case:
     Args:
         options (`dict`): of the trainer's config.
         student (`str`): `"tied"` or `"untied"`.
-        teacher (`str`): `"teacher"`, or `"deep"` with an untied head.
-        cache (`str`, *optional*): the teacher's cache in place of the teacher: `"top_k"` or `"sampled"`.
+        teacher (`str`): `"teacher"`, `"deep"` with an untied head, or `"source"`, of other tokens: then the case is a
+            bridge.
+        cache (`str`, *optional*): the teacher's cache in place of the teacher: `"top_k"`, `"sampled"` or
+            `"source_top_k"`.
         lora (`bool`): train an adapter.
         rows (`int`): of the dataset.
         weights (`bool`): keep the final weights.
@@ -36,6 +42,11 @@ class Case:
     weights: bool = False
     sharded: bool = True
     watch: bool = False
+
+    @property
+    def bridge(self) -> bool:
+        """Whether the teacher has other tokens."""
+        return self.teacher == "source"
 
 
 # Below this epsilon AdamW's first steps are the gradient's sign, which for a gradient close to 0 is that of rounding.
@@ -67,6 +78,10 @@ CASES = {
     ),
     "epochs_on_policy": Case(_EPOCH | {"lmbda": 1.0}, rows=9, weights=True),
     "epochs_cached": Case(_EPOCH | {"sort_steps_by_length": False}, cache="top_k", rows=9, weights=True),
+    # Rows of text, of which the second token already is in a span: blank ones must have none.
+    "bridge": Case(_EPOCH | {"hidden_loss_weight": 0.5}, teacher="source", rows=13, weights=True),
+    "bridge_alm": Case(_EPOCH | {"method": "alm"}, student="untied", teacher="source", rows=13, weights=True),
+    "bridge_cached": Case(_EPOCH, teacher="source", cache="source_top_k", rows=9, weights=True),
 }
 
 
@@ -80,9 +95,27 @@ def make_dataset(rows: int = 16) -> Dataset:
     return Dataset.from_list(examples)
 
 
+def source_tokenizer() -> PreTrainedTokenizerFast:
+    """Words of [`tiny_tokenizer`] in pieces: `w1` to `w5`, which both share, and single digits."""
+    pieces = ["<end of text>", "<unknown>", "w", *map(str, range(10)), *(f"w{digit}" for digit in range(1, 6))]
+    merges = [("w", str(digit)) for digit in range(1, 6)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unknown>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end of text>", unk_token="<unknown>")
+
+
+def make_text(rows: int = 16) -> Dataset:
+    """`text` of 2 to 14 words."""
+    rng = random.Random(0)
+    return Dataset.from_list([{"text": words(rng, rng.randint(2, 14))} for _ in range(rows)])
+
+
 def make_material(directory: Path) -> None:
     """The models and caches of all cases."""
+    from cbd_hf.distillation.bridge.source_cache import source_rows
     from cbd_hf.distillation.cache import CacheSettings, build_cache
+    from cbd_hf.tokenization.collator import BridgeDataCollator
 
     random_model(tiny_config("llama", layers=2), seed=1, std=0.1).save_pretrained(directory / "tied")
     random_model(tiny_config("llama", layers=2, tie_word_embeddings=False), seed=1, std=0.1).save_pretrained(
@@ -99,3 +132,11 @@ def make_material(directory: Path) -> None:
         "sampled": CacheSettings("sampled", n_samples=8, dtype="float32"),
     }.items():
         build_cache(directory / "teacher", make_dataset(), directory / name, settings, progress=False)
+    source = source_tokenizer()
+    config = tiny_config("gpt2", layers=3, heads=6, vocab_size=len(source) + 3)
+    random_model(config, seed=2, std=0.3).save_pretrained(directory / "source")
+    source.save_pretrained(directory / "source")
+    collator = BridgeDataCollator(tiny_tokenizer(), source)
+    rows = source_rows(Dataset.from_dict(collator.encode(list(make_text()))))
+    settings = CacheSettings(k=6, dtype="float32", labels=True)
+    build_cache(directory / "source", rows, directory / "source_top_k", settings, progress=False)

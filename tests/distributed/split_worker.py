@@ -26,11 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from cbd_hf import StepwiseDistillationConfig, StepwiseDistillationTrainer
+from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
+from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
 from cbd_hf.distillation.heads import decoder_layers
-from cbd_hf.distillation.stages import _own_deepspeed
+from cbd_hf.distillation.stages import own_deepspeed
 
 from ..models import tiny_tokenizer
-from .cases import CASES, Case, make_dataset
+from .cases import CASES, Case, make_dataset, make_text, source_tokenizer
 
 
 class _Gradient(TrainerCallback):
@@ -84,10 +86,11 @@ def make_trainer(case: Case, directory: Path, material: Path, micro_batch: int, 
         "max_new_tokens": 8,
         "bf16": False,
     }
-    args = StepwiseDistillationConfig(**options | case.options | more)
+    make_config = BridgeDistillationConfig if case.bridge else StepwiseDistillationConfig
+    args = make_config(**options | case.options | more)
     if case.cache:
         args.teacher_cache = str(material / case.cache)
-    _own_deepspeed(args)
+    own_deepspeed(args)
     peft_config = None
     if case.lora:
         from peft import LoraConfig
@@ -95,12 +98,14 @@ def make_trainer(case: Case, directory: Path, material: Path, micro_batch: int, 
         peft_config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     gradient = _Gradient()
     torch.manual_seed(0)  # of the adapter
-    trainer = StepwiseDistillationTrainer(
+    make = BridgeDistillationTrainer if case.bridge else StepwiseDistillationTrainer
+    trainer = make(
         str(material / case.student),
         None if case.cache else str(material / case.teacher),
         args,
-        train_dataset=make_dataset(case.rows),
+        train_dataset=make_text(case.rows) if case.bridge else make_dataset(case.rows),
         processing_class=tiny_tokenizer(),
+        teacher_processing_class=source_tokenizer() if case.bridge else None,
         callbacks=[gradient],
         peft_config=peft_config,
     )
@@ -134,7 +139,7 @@ def run(name: str, material: Path, output: Path, micro_batch: int, accumulation:
         | {"loss": [entry["loss"] for entry in logged]}
         | {
             key: [entry[key] for entry in logged]
-            for key in ("divergence", "hidden_loss", "num_tokens")
+            for key in ("divergence", "hidden_loss", "num_tokens", "align_ratio", "span_ratio")
             if key in logged[0]
         }
     )

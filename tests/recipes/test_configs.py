@@ -26,12 +26,16 @@ CONFIGS = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 LAUNCHERS = sorted((ROOT / "recipes" / "accelerate_configs").glob("*.yaml"))
 # Recipe -> module of its command and the dataclasses that its YAML file fills.
 DATACLASSES = {
+    "bridge cache": ("bridge_cache", "BridgeCacheArguments"),
+    "bridge generate": ("bridge", "GenerateArguments"),
+    "bridge train": ("bridge_train", "BridgeArguments", "BridgeDistillationConfig"),
     "build_chain": ("build", "BuildArguments", "StepwiseDistillationConfig"),
     "cache_teacher": ("cache", "CacheArguments"),
     "evaluate": ("evaluate", "EvaluateArguments"),
     "finetune_dolly": ("finetune", "FinetuneArguments", "FinetuneConfig", "ModelConfig"),
     "init_from_chain": ("init", "InitArguments"),
     "quickstart": ("quickstart", "QuickstartArguments", "StepwiseDistillationConfig"),
+    "transplant_vocabulary": ("transplant", "TransplantArguments"),
 }
 
 
@@ -50,9 +54,11 @@ def commands(text: str) -> list[list[str]]:
 
 
 def recipe_call(command: list[str]) -> tuple[str, list[str]]:
-    """(recipe's name, its arguments) of an `accelerate launch` command."""
+    """(recipe's name, with its stage if it has some; its arguments) of an `accelerate launch` command."""
     position = next(index for index, word in enumerate(command) if word.endswith(".py"))
-    return Path(command[position]).stem, command[position + 1 :]
+    recipe, arguments = Path(command[position]).stem, command[position + 1 :]
+    stage = f"{recipe} {arguments[0]}" if arguments else ""
+    return (stage, arguments[1:]) if stage in DATACLASSES else (recipe, arguments)
 
 
 def parse(recipe: str, arguments: list[str]) -> tuple[Any, ...]:
@@ -73,7 +79,7 @@ def test_config(path: Path) -> None:
     assert found, "the header has no command"
     for command in found:
         recipe, arguments = recipe_call(command)
-        assert (ROOT / "recipes" / f"{recipe}.py").is_file()
+        assert (ROOT / "recipes" / f"{recipe.split()[0]}.py").is_file()
         assert f"recipes/configs/{path.name}" in arguments
         # An unknown or misspelt key raises, and so does a value out of its range.
         parsed = parse(recipe, arguments)
@@ -101,6 +107,25 @@ def test_gpt2_chain_is_the_papers() -> None:
     launcher = load_config_from_file(str(ROOT / "recipes" / "accelerate_configs" / "ddp.yaml"))
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * launcher.num_processes
     assert batch == 32
+
+
+@pytest.mark.parametrize(("name", "source"), [("llama3", "meta-llama/Meta-Llama-3-8B"), ("qwen3", "Qwen/Qwen3-4B")])
+def test_heterogeneous_chains_are_the_papers(name: str, source: str) -> None:
+    args, training = parse("build_chain", ["--config", f"recipes/configs/{name}_gpt2_chain.yaml"])
+    homogeneous, stepwise = parse("build_chain", ["--config", "recipes/configs/gpt2_chain.yaml"])
+    assert args.source == source and args.bridge["checkpoint"] == homogeneous.source
+    assert args.bridge["method"] == "sequence" and len(args.sizes) == 3
+    # App. B: the source 3 epochs, the bridge 10 epochs with batch 8, both at 1e-5.
+    assert args.bridge["supervised"]["num_train_epochs"] == 3 and args.bridge["training"]["num_train_epochs"] == 10
+    assert args.bridge["supervised"]["learning_rate"] == args.bridge["training"]["learning_rate"] == 1e-5
+    launcher = load_config_from_file(str(ROOT / "recipes" / "accelerate_configs" / "zero3.yaml"))
+    options = args.bridge["training"]
+    rows = options["per_device_train_batch_size"] * options["gradient_accumulation_steps"]
+    assert rows * launcher.num_processes == 8
+    # Behind the bridge it is the homogeneous chain.
+    assert args.anchors == homogeneous.anchors and args.dataset == homogeneous.dataset
+    for option in ("objective", "max_steps", "max_length", "temperature", "learning_rate", "warmup_steps"):
+        assert getattr(training, option) == getattr(stepwise, option), option
 
 
 @pytest.mark.parametrize("phase", ["source", "gpt2-large", "gpt2-medium", "gpt2"])
@@ -140,16 +165,17 @@ def test_launchers_are_those_of_the_docs() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe(path: Path) -> None:
-    assert path.stem in DATACLASSES
+    name = next(name for name in DATACLASSES if name.split()[0] == path.stem)
     source = path.read_text(encoding="utf-8")
     text = ast.get_docstring(ast.parse(source)) or ""
     assert re.search(r"^Hardware\b.*:", text, re.MULTILINE)
-    assert commands(text) and all(recipe_call(command)[0] == path.stem for command in commands(text))
+    assert commands(text) and all(recipe_call(command)[0].split()[0] == path.stem for command in commands(text))
     for command in commands(text):
         for word in command:
             assert not word.startswith("recipes/") or (ROOT / word).is_file(), word
     # recipes/evaluate.py must not be what `import evaluate` finds.
-    assert source.index("sys.path.pop(0)") < source.index(f"from cbd_hf.commands.{DATACLASSES[path.stem][0]} import")
+    command = DATACLASSES[name][0].split("_")[0]
+    assert source.index("sys.path.pop(0)") < source.index(f"from cbd_hf.commands.{command} import")
 
 
 @pytest.mark.parametrize("recipe", ["evaluate.py", "build_chain.py"])

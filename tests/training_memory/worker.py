@@ -18,7 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cbd_hf import StepwiseDistillationConfig, StepwiseDistillationTrainer
-from cbd_hf.distillation.stages import _own_deepspeed
+from cbd_hf.distillation.stages import own_deepspeed
 from tests.models import tiny_config, tiny_tokenizer
 
 
@@ -85,7 +85,7 @@ def peak(setting: dict[str, Any]) -> dict[str, int]:
         )
         tokens = torch.randint(vocab, (rows * steps * args.world_size, length), generator=generator).tolist()
         dataset = Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-        _own_deepspeed(args)
+        own_deepspeed(args)
         gc.collect()
         baseline = status("VmRSS")
         phases = Phases(baseline)

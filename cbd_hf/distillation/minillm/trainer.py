@@ -15,8 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 
 from cbd_hf._trl import pad, unwrap_model_for_generation
-from cbd_hf.distillation.batching import EXAMPLE_ID
-from cbd_hf.distillation.columns import IGNORED
+from cbd_hf.data.columns import EXAMPLE_ID, IGNORED
 from cbd_hf.distillation.heads import unwrapped
 from cbd_hf.distillation.minillm.advantages import mixture_log_probs
 from cbd_hf.distillation.minillm.config import MiniLLMConfig

@@ -1,0 +1,101 @@
+"""Rows that two models read, and a cache of the source's predictions, found by the tokens that it reads."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cbd_hf.distillation.batching import SOURCE_PREFIX
+from cbd_hf.distillation.cache.reader import TeacherCache
+from cbd_hf.tokenization.collator import BridgeDataCollator
+from cbd_hf.tokenization.rows import COLUMNS, alignment_statistics, check_rows
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from cbd_hf.distillation.cache.manifest import CacheManifest
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("input_ids", "labels")
+
+
+def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | None = None, name: str = "train") -> Any:
+    """
+    A dataset as rows that both models read, unless it is that already.
+
+    Args:
+        dataset (`Dataset` or `IterableDataset`): `text`, `prompt` and `completion`, or `messages`.
+        collator ([`BridgeDataCollator`]): between the two tokenizers.
+        num_proc (`int`, *optional*): processes that tokenize.
+        name (`str`, *optional*, defaults to `"train"`): for the progress bar and the log.
+
+    Returns:
+        `Dataset` or `IterableDataset`: with the columns of [`BridgeDataCollator.encode`].
+
+    Raises:
+        ValueError: no row has anything that both models can learn from.
+    """
+    columns = list(dataset.column_names or next(iter(dataset)))
+    if set(COLUMNS) <= set(columns):
+        return dataset
+    kwargs: dict[str, Any] = {"batched": True, "remove_columns": columns}
+    if not hasattr(dataset, "select"):
+        return dataset.map(collator.encode, **kwargs)
+    prepared = dataset.map(collator.encode, num_proc=num_proc, desc=f"Aligning {name} dataset", **kwargs)
+    check_rows(prepared, collator.max_length, collator.source_max_length)
+    found = alignment_statistics(prepared)
+    logger.info("%s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
+    return prepared
+
+
+def source_rows(prepared: Dataset) -> Dataset:
+    """
+    What a source reads of prepared rows, as rows of its own: `input_ids` and `labels`, as [`build_cache`] takes them.
+
+    Args:
+        prepared (`Dataset`): from [`~cbd_hf.tokenization.collator.BridgeDataCollator.encode`].
+    """
+    rows = prepared.select_columns([SOURCE_PREFIX + name for name in _COLUMNS])
+    return rows.rename_columns({SOURCE_PREFIX + name: name for name in _COLUMNS})
+
+
+class SourceCache:
+    """
+    What a trainer needs of a [`TeacherCache`], for rows that two models read.
+
+    Args:
+        cache ([`TeacherCache`]): of the source, with the log-probabilities of labels.
+
+    Raises:
+        ValueError: the cache is of sampled tokens, or has no labels.
+    """
+
+    def __init__(self, cache: TeacherCache) -> None:
+        settings = cache.manifest.settings
+        if settings.variant != "top_k" or not settings.labels:
+            raise ValueError(
+                f"The cache {cache.directory} does not do for a bridge, which needs the most likely tokens and the "
+                "log-probability of every token of the data: make one with `cbd bridge cache`."
+            )
+        self.cache = cache
+
+    @property
+    def manifest(self) -> CacheManifest:
+        """Of the cache."""
+        return self.cache.manifest
+
+    def locate(self, rows: Any) -> list[int]:
+        """Where prepared rows are in the cache; see [`TeacherCache.locate`]."""
+        return self.cache.locate(source_rows(rows))
+
+    def batch(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """See [`TeacherCache.batch`]."""
+        return self.cache.batch(rows)
+
+
+__all__ = ["SourceCache", "prepare_pairs", "source_rows"]

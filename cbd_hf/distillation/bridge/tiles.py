@@ -1,0 +1,295 @@
+"""
+A span objective from hidden states, in tiles of spans: the logits of a batch never exist, of neither model.
+
+The gradient is computed with the value, as in [`~cbd_hf.distillation.tiles.tiled_loss`].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from cbd_hf.distillation.bridge.objectives import Side, SpanObjective, Vocabularies
+from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
+from cbd_hf.distillation.tiles import (
+    Projection,
+    head_rows,
+    multiplies_in_bfloat16,
+    take_gradients,
+    tile_values,
+)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """
+    The spans of a micro-batch, at the supervised positions of each model, rows one behind the other.
+
+    Args:
+        spans, source_spans (`torch.Tensor`): int64, shapes (positions,) and (source positions,): the span of the token
+            that follows, numbered over the batch and ascending; -1 for none.
+        source_labels (`torch.Tensor`): int64, shape (source positions,): those tokens of the source.
+        count (`int`): spans.
+    """
+
+    spans: torch.Tensor
+    source_spans: torch.Tensor
+    source_labels: torch.Tensor
+    count: int
+
+    def to(self, device: torch.device) -> Alignment:
+        """On another device."""
+        return Alignment(
+            self.spans.to(device), self.source_spans.to(device), self.source_labels.to(device), self.count
+        )
+
+
+def number_spans(
+    batch: dict[str, torch.Tensor], chosen: torch.Tensor, source_chosen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """
+    Spans, which a collator numbers in each row from 0, numbered over a batch.
+
+    Args:
+        batch (`dict[str, torch.Tensor]`): with `spans` and `source_spans`, shape (rows, length) each.
+        chosen, source_chosen (`torch.Tensor`): bool, shape (rows, length): positions whose next token is supervised.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor, int]`: the span of each of these next tokens, on each side; how many.
+    """
+
+    def following(name: str, positions: torch.Tensor) -> torch.Tensor:
+        # A blank row has spans, but nothing supervised.
+        return torch.where(positions, F.pad(batch[name][:, 1:], (0, 1), value=-1), -1)
+
+    own, others = following("spans", chosen), following("source_spans", source_chosen)
+    counts = own.amax(-1) + 1
+    first = (counts.cumsum(0) - counts)[:, None]
+    spans, source_spans = (torch.where(numbers < 0, -1, numbers + first) for numbers in (own, others))
+    return spans[chosen], source_spans[source_chosen], int(counts.sum())
+
+
+def tiled_span_loss(
+    hidden: torch.Tensor,
+    head: Head,
+    predictions: Predictions,
+    labels: torch.Tensor,
+    alignment: Alignment,
+    vocabularies: Vocabularies,
+    objective: SpanObjective,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The objective summed over spans and tokens; float32, whatever the models' dtype.
+
+    Args:
+        hidden (`torch.Tensor`): the student's, any float dtype, shape (positions, student hidden).
+        head ([`Head`]): the student's.
+        predictions ([`DensePredictions`] or [`SparsePredictions`]): the source's, at its own supervised positions.
+        labels (`torch.Tensor`): int64, shape (positions,): the next token of each of the student's positions.
+        alignment ([`Alignment`]): of the two.
+        vocabularies ([`Vocabularies`]): of the two.
+        objective ([`SpanObjective`]): what is summed.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the sum, and the part of it over spans without its weight (without
+        gradient), float32 scalars. Gradients reach `hidden` and the head's weight and bias.
+    """
+    grad = torch.is_grad_enabled()
+    return _TiledSpanLoss.apply(
+        hidden, head.weight, head.bias, head, predictions, labels, alignment, vocabularies, objective, grad
+    )
+
+
+class _TiledSpanLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        head: Head,
+        predictions: Predictions,
+        labels: torch.Tensor,
+        alignment: Alignment,
+        vocabularies: Vocabularies,
+        objective: SpanObjective,
+        grad: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
+        low = multiplies_in_bfloat16(hidden)
+        dense = isinstance(predictions, DensePredictions)
+        opened = predictions.open_head() if isinstance(predictions, DensePredictions) else nullcontext(None)
+        with torch.autocast(hidden.device.type, enabled=False), opened as source:
+            own = Projection(Head(weight, bias, head.scale, head.softcap), None, low)
+            theirs = None
+            if source is not None and dense and objective.objective.cross_entropy_weight < 1:
+                theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))  # type: ignore[union-attr]
+            work = _Work(own, theirs, predictions, labels, alignment, vocabularies, objective)
+            total, part, ctx.gradients = work.run(hidden.detach(), head, needs)
+        ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
+        ctx.mark_non_differentiable(part)
+        return total, part
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return *take_gradients(ctx, scale), None, None, None, None, None, None, None
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every tile needs."""
+
+    own: Projection
+    theirs: Projection | None
+    predictions: Predictions
+    labels: torch.Tensor
+    alignment: Alignment
+    vocabularies: Vocabularies
+    objective: SpanObjective
+
+    def run(
+        self, hidden: torch.Tensor, head: Head, needs: tuple[bool, bool, bool]
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+        """The sum, the spans' part of it, and gradients of hidden states, weight and bias; float32."""
+        own = self.own
+        gradients = [
+            torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
+            for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
+        ]
+        for_hidden, for_weight, for_bias = gradients
+        total = hidden.new_zeros((), dtype=torch.float32)
+        spans_part = total.clone()
+        vocab = head_rows(head, hidden)
+        source_vocab = len(self.vocabularies.source_groups) if self.theirs is not None else 0
+        for here, there, spans in span_tiles(self.alignment, vocab, source_vocab):
+            raw = own.raw(hidden[here]).requires_grad_(any(needs))
+            with torch.set_grad_enabled(any(needs)):
+                value, part = self._tile(own.scaled(raw), here, there, spans)
+            total += value.detach()
+            spans_part += part
+            if not any(needs):
+                continue
+            (gradient,) = torch.autograd.grad(value, raw)
+            if for_hidden is not None:
+                for_hidden[here] = own.to_hidden(gradient)
+            if for_weight is not None:
+                own.add_to_weight(for_weight, gradient, hidden[here])
+            if for_bias is not None:
+                for_bias += gradient.sum(0)
+        return total, spans_part, gradients
+
+    def _tile(
+        self, logits: torch.Tensor, here: slice, there: slice, spans: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        objective = self.objective.objective
+        weight, temperature = objective.cross_entropy_weight, objective.temperature
+        labels = self.labels[here]
+        q = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+        total = part = logits.new_zeros(())
+        if weight < 1 and (spans.stop > spans.start or self.objective.every_token):
+            student = self._side(q, labels, self.alignment.spans[here], spans, self.vocabularies.student_groups)
+            value = self.objective.over_spans(student, self._source(there, spans), self.vocabularies)
+            total, part = (1 - weight) * value, value.detach()
+        if weight or total.grad_fn is None:
+            log_probs = q if temperature == 1 else F.log_softmax(logits, dim=-1)
+            total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")
+        return total, part
+
+    @torch.no_grad()
+    def _source(self, there: slice, spans: slice) -> Side:
+        labels, numbers = self.alignment.source_labels[there], self.alignment.source_spans[there]
+        groups, temperature = self.vocabularies.source_groups, self.objective.objective.temperature
+        if isinstance(self.predictions, SparsePredictions):
+            kept = self.predictions.rows(there)
+            if kept.labels is None:
+                raise ValueError("The source's cache has no log-probabilities of the labels: see `labels` of a cache.")
+            return self._side(kept.log_probs, labels, numbers, spans, groups, kept.labels)._replace(kept=kept)
+        assert self.theirs is not None
+        logits = self.theirs.scaled(self.theirs.raw(self.predictions.hidden[there]))
+        p = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
+        return self._side(p, labels, numbers, spans, groups)
+
+    @staticmethod
+    def _side(
+        log_probs: torch.Tensor,
+        labels: torch.Tensor,
+        numbers: torch.Tensor,
+        spans: slice,
+        groups: torch.Tensor,
+        token_log_probs: torch.Tensor | None = None,
+    ) -> Side:
+        inside = numbers >= 0
+        local = torch.where(inside, numbers - spans.start, -1)
+        count = spans.stop - spans.start
+        counts = torch.zeros(count, dtype=torch.int64, device=labels.device).index_add(
+            0, local[inside], torch.ones_like(local[inside])
+        )
+        places = inside.nonzero().flatten()
+        starts = places[counts.cumsum(0) - counts]
+        if token_log_probs is None:
+            token_log_probs = log_probs.gather(-1, labels[:, None]).flatten()
+        return Side(log_probs, token_log_probs, local, starts, groups[labels[starts]], counts)
+
+
+def span_tiles(alignment: Alignment, vocab: int, source_vocab: int) -> Iterator[tuple[slice, slice, slice]]:
+    """
+    Tiles that divide no span: the student's positions, the source's positions and the spans of each.
+
+    The student's positions without a span are in the tile of the span before them, or in tiles without spans; the
+    source's are left out at a tile's ends. A tile's logits, of both models together, are about as many as in
+    [`~cbd_hf.distillation.tiles.tiled_loss`], or those of one span.
+
+    Args:
+        alignment ([`Alignment`]): of the batch.
+        vocab, source_vocab (`int`): entries of the models' logits; 0 where there are none.
+    """
+    positions = len(alignment.spans)
+    limit = tile_values(alignment.spans.device)
+    step = max(1, limit // max(1, vocab))
+
+    def plain(start: int, stop: int) -> Iterator[tuple[slice, slice, slice]]:
+        for first in range(start, stop, step):
+            yield slice(first, min(stop, first + step)), slice(0, 0), slice(0, 0)
+
+    own_ends, here = _span_ends(alignment.spans, alignment.count)
+    source_ends, there = _span_ends(alignment.source_spans, alignment.count)
+    cost = (here * vocab + there * source_vocab).cpu()
+    first = 0
+    # What lies before the first span.
+    start, other = (
+        int((numbers < 0).long().cumprod(0).sum()) if alignment.count else 0
+        for numbers in (alignment.spans, alignment.source_spans)
+    )
+    yield from plain(0, start)
+    while first < alignment.count:
+        reached = int(cost[first - 1]) if first else start * vocab + other * source_vocab
+        last = max(int(torch.searchsorted(cost, reached + limit, right=True)), first + 1)
+        stop = int(own_ends[last - 1])
+        yield slice(start, stop), slice(other, int(source_ends[last - 1])), slice(first, last)
+        first, start, other = last, int(here[last - 1]), int(there[last - 1])
+        yield from plain(stop, start)
+    if not alignment.count:
+        yield from plain(0, positions)
+
+
+def _span_ends(numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The position behind each span's last token, and that behind what follows it without a span; int64, (count,)."""
+    places = torch.arange(1, len(numbers) + 1, device=numbers.device)
+    inside = numbers >= 0
+    ends = torch.zeros(count, dtype=torch.int64, device=numbers.device)
+    ends = ends.scatter_reduce(0, numbers[inside], places[inside], "amax")
+    behind = places[-1:] if count else places[:0]
+    starts = (
+        torch.searchsorted(numbers.cummax(0).values, torch.arange(1, count, device=numbers.device)) if count else ends
+    )
+    return ends.cpu(), torch.cat([starts, behind]).cpu()
+
+
+__all__ = ["Alignment", "number_spans", "span_tiles", "tiled_span_loss"]
