@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 METHODS = ("alm", "mined", "overlap_kl", "uld")
 _LEAST_PROBABILITY = 1e-10
 _LEAST_LOG = math.log(_LEAST_PROBABILITY)
-_LEAST_CHUNK = 1e-6  # ALM's epsilon
+_LEAST_SUM = 1e-37  # just above what float32 has no number for
+_LEAST_GAP = 1e-6  # of logarithms: between a span and its group; between ALM's probabilities and 1
 
 
 class Side(NamedTuple):
@@ -116,13 +117,13 @@ class Vocabularies:
             log_probs (`torch.Tensor`): float32, shape (positions, vocab).
 
         Returns:
-            `torch.Tensor`: float32, shape (positions, count + 1), logarithms, at least log 1e-10.
+            `torch.Tensor`: float32, shape (positions, count + 1), logarithms, at least log 1e-37.
         """
-        return self._summed(log_probs, self.student_groups.expand_as(log_probs)).clamp(min=_LEAST_PROBABILITY).log()
+        return self._summed(log_probs, self.student_groups.expand_as(log_probs)).clamp(min=_LEAST_SUM).log()
 
     def source_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
         """The source's, likewise."""
-        return self._summed(log_probs, self.source_groups.expand_as(log_probs)).clamp(min=_LEAST_PROBABILITY).log()
+        return self._summed(log_probs, self.source_groups.expand_as(log_probs)).clamp(min=_LEAST_SUM).log()
 
     def kept_log_probs(self, kept: SparsePredictions, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -142,7 +143,7 @@ class Vocabularies:
         log_probs = kept.log_probs[rows]
         sums = self._summed(log_probs, self.source_groups[kept.token_ids[rows]])
         found = sums > 0
-        logs = torch.where(found, sums.clamp(min=_LEAST_PROBABILITY).log(), -torch.inf)
+        logs = torch.where(found, sums.clamp(min=_LEAST_SUM).log(), -torch.inf)
         return torch.cat([logs, kept.tail[rows, None].clamp(min=_LEAST_LOG)], dim=-1), found
 
     def _summed(self, log_probs: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
@@ -167,7 +168,8 @@ class SpanObjective:
               distributions in front of every span;
             - `"mined"`: FuseLLM's minimum edit distance (arXiv 2401.10491): the divergence between the student and
               the source's probabilities given to the nearest of the student's tokens, where one token stands against
-              one; cross-entropy with the data at all other tokens.
+              one; cross-entropy with the data at all other tokens, at the objective's temperature and times its
+              square as well.
         objective ([`Objective`], *optional*): divergence, temperature and w.
         alm_temperature (`float`, *optional*, defaults to 100.0): above 0.
         uld_tokens (`int`, *optional*, defaults to 0): of `"uld"`: compare the largest probabilities only, so many; 0:
@@ -244,11 +246,12 @@ def _events(groups: torch.Tensor, side: Side, divided: torch.Tensor) -> torch.Te
     if not bool(divided.any()):
         return groups
     own = groups.gather(-1, side.groups[:, None])
-    span = torch.minimum(side.span_log_probs()[:, None], own - 1e-6).clamp(min=_LEAST_LOG)
-    rest = own + torch.log(-torch.expm1((span - own).clamp(max=-1e-6)))
+    span = torch.minimum(side.span_log_probs()[:, None], own - _LEAST_GAP)
+    # A difference of two large numbers can be 0 in float32.
+    rest = own + torch.log(-torch.expm1((span - own).clamp(max=-_LEAST_GAP)))
     nothing = torch.full_like(span, -torch.inf)
     column = torch.where(divided[:, None], span, nothing)
-    left = torch.where(divided[:, None], rest.clamp(min=_LEAST_LOG), own)
+    left = torch.where(divided[:, None], rest, own)
     return torch.cat([groups.scatter(-1, side.groups[:, None], left), column], dim=-1)
 
 
@@ -257,6 +260,7 @@ def likelihood_matching(student: torch.Tensor, source: torch.Tensor, temperature
     ALM: the Bernoulli KL divergence of `p^(1/t)` and `q^(1/t)`, times t.
 
     It has the gradient of the published binary cross-entropy times t, so that its size does not shrink with t.
+    Probabilities above 1 - 1e-6 count as that, as published.
 
     Args:
         student, source (`torch.Tensor`): log-probabilities of spans, shape (spans,).
@@ -265,10 +269,10 @@ def likelihood_matching(student: torch.Tensor, source: torch.Tensor, temperature
     Returns:
         `torch.Tensor`: shape (spans,).
     """
-    log_q, log_p = (value / temperature for value in (student, source))
-    q, p = (value.exp().clamp(_LEAST_CHUNK, 1 - _LEAST_CHUNK) for value in (log_q, log_p))
-    value = p * (p.log() - q.log()) + (1 - p) * (torch.log1p(-p) - torch.log1p(-q))
-    return value * temperature
+    # From above as published, where the gradient has a pole; not from below, where it is the student that is wrong.
+    log_q, log_p = ((value / temperature).clamp(max=-_LEAST_GAP) for value in (student, source))
+    p, against_q, against_p = log_p.exp(), torch.log(-torch.expm1(log_q)), torch.log(-torch.expm1(log_p))
+    return (p * (log_p - log_q) + (1 - p) * (against_p - against_q)) * temperature
 
 
 def sorted_distance(student: torch.Tensor, source: torch.Tensor, tokens: int = 0) -> torch.Tensor:

@@ -74,9 +74,9 @@ class BridgeStudentLoss(StudentLoss):
     def _loss(
         self, hidden: torch.Tensor, head: Head, predictions: Any, labels: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        vocabularies = self.vocabularies.to(hidden.device)
+        self.vocabularies = self.vocabularies.to(hidden.device)
         return tiled_span_loss(
-            hidden, head, predictions.source, labels, predictions.alignment, vocabularies, self.span_objective
+            hidden, head, predictions.source, labels, predictions.alignment, self.vocabularies, self.span_objective
         )
 
     def _distance(self, layers: list[torch.Tensor], predictions: Any) -> torch.Tensor:

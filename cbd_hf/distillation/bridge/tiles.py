@@ -197,7 +197,7 @@ class _Work:
             student = self._side(q, labels, self.alignment.spans[here], spans, self.vocabularies.student_groups)
             value = self.objective.over_spans(student, self._source(there, spans), self.vocabularies)
             total, part = (1 - weight) * value, value.detach()
-        if weight or total.grad_fn is None:
+        if weight or (logits.requires_grad and total.grad_fn is None):
             log_probs = q if temperature == 1 else F.log_softmax(logits, dim=-1)
             total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")
         return total, part

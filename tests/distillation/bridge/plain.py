@@ -18,7 +18,8 @@ from ..helpers import cross_entropy, plain_divergence
 
 
 SHARED, STUDENT_VOCAB, SOURCE_VOCAB = 6, 11, 14
-LEAST = 1e-10  # no event is less likely
+LEAST = 1e-10  # what a cache knows nothing of is not less likely
+NOTHING = 1e-37  # of a group without tokens
 # (tokens of the student, tokens of the source) of spans and, with False, of what lies between them.
 Segments = Sequence[tuple[bool, int, int]]
 SEGMENTS: Segments = (
@@ -151,7 +152,7 @@ def expected_loss(
 
 
 def _alm(q: torch.Tensor, p: torch.Tensor, temperature: float) -> torch.Tensor:
-    q, p = ((value ** (1 / temperature)).clamp(1e-6, 1 - 1e-6) for value in (q, p))
+    q, p = ((value ** (1 / temperature)).clamp(max=1 - 1e-6) for value in (q, p))
     return temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
 
 
@@ -175,7 +176,7 @@ def _events(
         for groups in (vocabularies.student_groups, vocabularies.source_groups)
     ]
     has = (known @ members[1] > 0) if (known == 0).any() else torch.ones(vocabularies.count + 1, dtype=torch.bool)
-    masses = [(q @ members[0]).clamp(min=LEAST), (p * known @ members[1]).clamp(min=LEAST)]
+    masses = [(q @ members[0]).clamp(min=NOTHING), (p * known @ members[1]).clamp(min=NOTHING)]
     rest = [masses[0][~has].sum(), (p * (1 - known)).sum()]
     groups = [int(matrix[token].argmax()) for matrix, token in zip(members, first_tokens, strict=True)]
     divided = span is not None and groups[0] == groups[1] < vocabularies.count and bool(has[groups[0]])
@@ -188,8 +189,8 @@ def _events(
             own = torch.minimum(span[side], mass[groups[0]] * (1 - 1e-6))
             left = torch.arange(len(mass)) == groups[0]
             parts = [
-                torch.where(left, (mass[groups[0]] - own).clamp(min=LEAST), mass)[has],
-                own.clamp(min=LEAST)[None],
+                torch.where(left, mass[groups[0]] - own, mass)[has],
+                own[None],
             ]
         if (known == 0).any():
             parts.append(rest[side].clamp(min=LEAST)[None])

@@ -329,3 +329,38 @@ def test_what_a_method_needs() -> None:
     sampled = SparsePredictions(kept.token_ids, kept.log_probs, vocab=SOURCE_VOCAB, labels=kept.labels)
     with pytest.raises(ValueError, match="needs a cache of the top k"):
         loss(sampled, "overlap_kl forward_kl")
+
+
+@pytest.mark.parametrize("method", ["overlap_kl forward_kl", "overlap_kl adaptive_kl", "alm", "mined forward_kl"])
+@pytest.mark.parametrize("width", [1, 3])
+def test_a_student_that_is_very_wrong_learns(method: str, width: int) -> None:
+    """Its probability of what the source is sure of is 1e-13 a token, and that of a span of three 1e-39."""
+    vocabularies = vocabularies_of(Way())
+    labels, alignment = make_spans(vocabularies, [(True, width, 1)], same=1.0)
+    student = torch.zeros(width, STUDENT_VOCAB, dtype=torch.float64)
+    student[torch.arange(width), labels] = -30.0
+    alike = vocabularies.student_groups[:STUDENT_VOCAB] == vocabularies.student_groups[labels[0]]
+    student[0, alike] = -30.0
+    source = torch.zeros(1, SOURCE_VOCAB, dtype=torch.float64)
+    source[0, alignment.source_labels] = 12.0
+    objective = make_objective(method)
+    logits = [values.requires_grad_() for values in (student.clone(), student.float().clone())]
+    expected, _ = expected_loss(logits[0], source, labels, alignment, vocabularies, objective)
+    expected.backward()
+    predictions = DensePredictions(source.float(), Head().open)
+    value, _ = tiled_span_loss(logits[1], Head(), predictions, labels, alignment, vocabularies, objective)
+    value.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits[1].grad.double(), logits[0].grad, rtol=1e-3, atol=1e-4)  # type: ignore[union-attr]
+    assert float(logits[0].grad[0, alike].sum()) < -0.005  # type: ignore[index]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 5.0, 100.0])
+def test_likelihood_matching_of_an_unlikely_span(temperature: float) -> None:
+    student = torch.tensor([-60.0], requires_grad=True)
+    value = likelihood_matching(student, torch.tensor([-1.0]), temperature).sum()
+    value.backward()
+    q, p = (torch.tensor(x / temperature, dtype=torch.float64).exp() for x in (-60.0, -1.0))
+    expected = temperature * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log())
+    assert abs(value.item() - float(expected)) < 1e-4
+    assert abs(float(student.grad) - float((q - p) / (1 - q))) < 1e-4  # type: ignore[arg-type]
