@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", help="directory or Hub id of the model that teaches")
     parser.add_argument("student", help="directory or Hub id of the model that becomes the bridge")
-    parser.add_argument("output_dir", help="where the bridge goes")
+    parser.add_argument("output_dir", help="where the bridge goes: into its subfolder anchor")
     parser.add_argument("--max_steps", type=int, default=20)
     args = parser.parse_args()
 
@@ -39,7 +39,7 @@ def main() -> None:
             print(f"span {span} {name:<8}", tokenizer.convert_ids_to_tokens(tokens))
 
     config = BridgeDistillationConfig(
-        output_dir=args.output_dir,
+        output_dir=f"{args.output_dir}/training",
         method="overlap_kl",  # or alm, uld, mined
         cross_entropy_weight=0.5,
         max_steps=args.max_steps,
@@ -52,7 +52,7 @@ def main() -> None:
     student = AutoModelForCausalLM.from_pretrained(args.student, dtype="float32")
     trainer = BridgeDistillationTrainer(student, args.source, config, train_dataset=Dataset.from_list(ROWS))
     trainer.train()
-    trainer.save_anchor(args.output_dir)  # anchor zero of a chain
+    trainer.save_anchor(f"{args.output_dir}/anchor")  # anchor zero of a chain
 
 
 if __name__ == "__main__":

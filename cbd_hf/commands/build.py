@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cbd_hf.distillation.builder import build_chain, make_sizes
+from cbd_hf.distillation.builder import build_chain, make_sizes, models_directory
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.recipe import BuildArguments
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = TrlParser(classes, prog="cbd build", description=main.__doc__)
     args, training = parser.parse_args_and_config(argv)
     chain = build_chain(args, training)
-    models = make_sizes(chain, args.sizes, Path(f"{training.output_dir}.models"))
+    models = make_sizes(chain, args.sizes, models_directory(Path(str(training.output_dir))))  # only where they are
     if training.process_index == 0:
         print(format_chain(chain))
         for model in models:

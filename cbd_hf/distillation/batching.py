@@ -85,9 +85,10 @@ class DistillationCollator:
 _LABELS = ("labels", SOURCE_PREFIX + "labels")
 
 
-def _labels_of(name: str, batch: dict[str, Any]) -> torch.Tensor:
-    """The labels of the model that reads an entry, which has their shape."""
-    return batch[_LABELS[name.startswith(SOURCE_PREFIX)]]
+def _labels_name(name: str, batch: dict[str, Any]) -> str:
+    """Which entry has the labels of the model that reads another one, which has their shape."""
+    labels = _LABELS[name.startswith(SOURCE_PREFIX)]
+    return labels if labels in batch else _LABELS[0]
 
 
 def supervised_positions(labels: torch.Tensor) -> torch.Tensor:
@@ -104,7 +105,7 @@ def trimmed(batch: dict[str, Any], multiple: int = 1) -> dict[str, Any]:
         return batch  # padding-free: rows lie one behind the other
 
     def cut(name: str, value: Any) -> Any:
-        labels = _labels_of(name, batch)
+        labels = batch[_labels_name(name, batch)]
         if not isinstance(value, torch.Tensor) or value.shape != labels.shape:
             return value
         columns = (labels != IGNORED).any(dim=0).nonzero().flatten()
@@ -139,9 +140,10 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     def part(name: str, value: Any, first: int, last: int) -> Any:
         if name.startswith(TEACHER_PREFIX):
             return value[cached[first] : cached[last]]
-        if value.shape != _labels_of(name, batch).shape:
+        labels = _labels_name(name, batch)
+        if value.shape != batch[labels].shape:
             return value[first:last]
-        return value[first:last, : max(sides[_LABELS[name.startswith(SOURCE_PREFIX)]][first:last])]
+        return value[first:last, : max(sides[labels][first:last])]
 
     return [{name: part(name, value, *bound) for name, value in batch.items()} for bound in bounds]
 

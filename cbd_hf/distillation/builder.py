@@ -19,6 +19,7 @@ from cbd_hf._loading import plain_loading
 from cbd_hf.chain import MANIFEST, DistillationChain, append_anchor
 from cbd_hf.checkpoint import weight_files
 from cbd_hf.data.sources import resolve_checkpoint
+from cbd_hf.distillation.bridge.pair import check_pair
 from cbd_hf.distillation.bridge.recipe import bridge_name
 from cbd_hf.distillation.bridge.stage import make_bridge
 from cbd_hf.distillation.build_data import BuildData, load_build_data
@@ -41,6 +42,7 @@ from cbd_hf.distillation.recipe import (
     stage_training,
     what_is_learnt,
 )
+from cbd_hf.distillation.rounds import on_main
 from cbd_hf.distillation.stages import distil, make_once, measure_once, stage_record, supervise
 from cbd_hf.families import check_same_family
 from cbd_hf.layout import count_parameters
@@ -81,7 +83,8 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
 
     Every finished stage is committed to the chain at once; what is unfinished lies in `<output_dir>.build`, which is
     removed at the end. Calling it again with the same recipe continues where a killed run stopped, within a stage
-    from the last complete checkpoint (`save_steps`). Stages hand over by checkpoint.
+    from the last complete checkpoint (`save_steps`). Stages hand over by checkpoint. Models of the recipe's `sizes`
+    are made at the end, and a source's answers (`bridge` with `method: sequence`) stay in `<output_dir>.answers`.
 
     Args:
         args ([`BuildArguments`]): source, anchors, data.
@@ -93,6 +96,7 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     Raises:
         ValueError: the recipe is wrong, or it or a finished anchor changed since the build began; says what differs.
         FileExistsError: `output_dir` holds something else.
+        ImportError: an option needs a package that is missing.
     """
     check_recipe(args, training)
     chain, work = Path(str(training.output_dir)), Path(f"{training.output_dir}.build")
@@ -122,6 +126,16 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
         basis="importance-sorted" if sort else "as-is",
         bridge=bridge,
     )
+    if bridge and not (chain / MANIFEST).is_file():
+        check_pair(
+            args.bridge or {},
+            training,
+            source=source,
+            student=bridge,
+            answers=_answers(chain),
+            dataset=data.train,
+            tokenizer=build.tokenizer,
+        )
     if PartialState().is_main_process:
         work.mkdir(parents=True, exist_ok=True)
         atomic_write_text(work / RECIPE, json.dumps(record, indent=2))
@@ -130,7 +144,19 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     if PartialState().is_main_process:
         shutil.rmtree(work, ignore_errors=True)
     PartialState().wait_for_everyone()
-    return DistillationChain.from_pretrained(chain)
+    made = DistillationChain.from_pretrained(chain)
+    make_sizes(made, args.sizes, models_directory(chain))
+    return made
+
+
+def models_directory(chain: Path) -> Path:
+    """Where the models of a recipe's `sizes` go."""
+    return Path(f"{chain}.models")
+
+
+def _answers(chain: Path) -> Path:
+    """Where a source's answers stay."""
+    return Path(f"{chain}.answers")
 
 
 def make_sizes(chain: DistillationChain, sizes: Sequence[str | float], directory: Path) -> list[Path]:
@@ -151,10 +177,13 @@ def make_sizes(chain: DistillationChain, sizes: Sequence[str | float], directory
     numbers = [parse_size(str(size)) for size in sizes]
     places = [directory / size_name(number) for number in numbers]
     missing = [pair for pair in zip(numbers, places, strict=True) if not pair[1].exists()]
-    if missing and PartialState().is_main_process:
+
+    def make() -> None:
         with plain_loading():
             CBDModel.save_from_chain(chain, *(list(values) for values in zip(*missing, strict=True)))
-    PartialState().wait_for_everyone()
+
+    if on_main(PartialState(), lambda: bool(missing)):  # as the others may look later
+        on_main(PartialState(), make)
     return places
 
 
@@ -304,6 +333,7 @@ def _bridge_anchor(build: _Build, name: str) -> tuple[Path, dict[str, Any]]:
             source_name=build.source_name,
             student=build.bridge,
             work=directory,
+            answers=_answers(build.chain),
             dataset=build.data.train,
             data=data,
             tokenizer=build.tokenizer,
@@ -371,4 +401,4 @@ def _measure(build: _Build, name: str, checkpoint: Path) -> dict[str, float] | N
     return measure_once(path, checkpoint, build.tokenizer, build.data.held_out, build.args.eval_max_length)
 
 
-__all__ = ["build_chain", "make_sizes"]
+__all__ = ["build_chain", "make_sizes", "models_directory"]

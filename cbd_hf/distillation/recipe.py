@@ -14,7 +14,7 @@ from typing import Any
 from trl import SFTConfig
 
 from cbd_hf._candidates import safe_name
-from cbd_hf.distillation.bridge.recipe import check_bridge
+from cbd_hf.distillation.bridge.recipe import ANSWERS_RUN_ONLY, check_bridge
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import SHAPE_OPTIONS
@@ -24,7 +24,7 @@ from cbd_hf.sizing import parse_size
 
 ANCHOR_OPTIONS = {"checkpoint", "name", "supervised", "training", "n_params", *SHAPE_OPTIONS}
 
-RESERVED_NAMES = {"source", "source-sorted", "source-supervised", "supervised-trainer"}
+RESERVED_NAMES = {"source", "source-sorted", "source-supervised", "source-supervised-trainer", "supervised-trainer"}
 
 # How a global batch is split: only the product with the number of processes counts.
 _SPLIT = ("gradient_accumulation_steps", "per_device_train_batch_size")
@@ -251,20 +251,27 @@ def recipe_record(
 def what_is_learnt(record: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's record without the options that a continued build may change, as those of older records may be."""
 
-    def kept(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
-        if options is None:
-            return None
-        return {name: value for name, value in options.items() if name not in {*_RUN_ONLY, *_SPLIT}}
-
     anchors = [
-        anchor | {name: kept(anchor[name]) for name in ("supervised", "training") if name in anchor}
+        anchor | {name: decisive(anchor[name]) for name in ("supervised", "training") if name in anchor}
         for anchor in record["anchors"]
     ]
-    phases = {name: kept(record[name]) for name in ("supervised", "training")}
+    phases = {name: decisive(record[name]) for name in ("supervised", "training")}
     if record.get("bridge"):
         bridge = record["bridge"]
-        phases["bridge"] = bridge | {name: kept(bridge[name]) for name in ("supervised", "training") if name in bridge}
+        kept = {name: decisive(bridge[name]) for name in ("supervised", "training") if name in bridge}
+        if bridge.get("answers"):
+            kept["answers"] = {
+                name: value for name, value in bridge["answers"].items() if name not in ANSWERS_RUN_ONLY
+            }
+        phases["bridge"] = bridge | kept
     return {**record, **phases, "anchors": anchors}
+
+
+def decisive(options: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Those of a training's options that decide what is learnt. How a global batch is split is not among them."""
+    if options is None:
+        return None
+    return {name: value for name, value in options.items() if name not in {*_RUN_ONLY, *_SPLIT}}
 
 
 def _rows_per_step(args: BuildArguments, training: StepwiseDistillationConfig) -> dict[str, int]:
@@ -305,6 +312,7 @@ __all__ = [
     "ANCHOR_OPTIONS",
     "BuildArguments",
     "check_recipe",
+    "decisive",
     "differences",
     "first_cache",
     "recipe_record",

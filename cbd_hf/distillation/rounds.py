@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from cbd_hf._loading import plain_loading
 from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.distillation.cache.manifest import ShardRecord
 
@@ -45,6 +47,8 @@ def make_shards(
     """
     Make the missing shards in rounds: each process makes one, then the main process adds them all to the manifest.
 
+    After an error the manifest has what lies in front of the first row that failed: rows behind it are made again.
+
     Args:
         state (`PartialState`): the processes.
         directory (`Path`): where the manifest is written after each round.
@@ -70,12 +74,12 @@ def make_shards(
                         raise
                     outcome = error
             results = gather_object([outcome])
-            for result in results:
-                if isinstance(result, Exception):
-                    raise result
-            manifest.shards += [result for result in results if result is not None]
+            whole = list(itertools.takewhile(lambda result: not isinstance(result, Exception), results))
+            manifest.shards += [result for result in whole if result is not None]
             if state.is_main_process:
                 manifest.write(directory)
+            if len(whole) < len(results):
+                raise results[len(whole)]
             bar.update(sum(map(len, parts[begin : begin + state.num_processes])))
 
 
@@ -111,7 +115,8 @@ def load_model(checkpoint: Path, dtype: str, state: PartialState, options: dict[
     """A causal language model on the process's device, or where `device_map` among the options puts it."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), **options)
+    with plain_loading():  # each process generates or predicts by itself
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype), **options)
     return model if "device_map" in options else model.to(state.device)
 
 

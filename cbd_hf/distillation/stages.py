@@ -24,12 +24,17 @@ from cbd_hf.distillation.columns import supervise_turns
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.recipe import supervised_options
 from cbd_hf.distillation.resuming import save_whole, train_resumably
+from cbd_hf.distillation.teacher import load_model
 from cbd_hf.distillation.trainer import StepwiseDistillationTrainer
 from cbd_hf.evaluation.language_modeling import evaluate_language_modeling
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+BRIDGE_RECORD = "cbd_bridge.json"  # in the directory of a bridge: what it has learnt
+
+Describe = Callable[[dict[str, Any]], dict[str, Any]]  # makes the record of a training out of its result
 
 _PACKAGES = ("accelerate", "cbd_hf", "datasets", "peft", "torch", "transformers", "trl")
 
@@ -78,9 +83,25 @@ def _train(trainer: Trainer, output: Path, save: Callable[[Path], None]) -> None
     """Train from the last complete checkpoint, then commit what `save` writes as `output`."""
     train_resumably(trainer, own_directory=True)
     save_whole(output, save)
+    _remove(Path(str(trainer.args.output_dir)))
+
+
+def _remove(unfinished: Path) -> None:
     if PartialState().is_main_process:
-        shutil.rmtree(str(trainer.args.output_dir), ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     PartialState().wait_for_everyone()
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    atomic_write_text(path, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def _result(trainer: Trainer, started: float) -> dict[str, Any]:
+    return {
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
 
 
 def supervise(
@@ -90,13 +111,17 @@ def supervise(
     base: StepwiseDistillationConfig,
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,
+    describe: Describe | None = None,
 ) -> Path:
     """
     Fine-tune a checkpoint on the data itself (the paper's first phase, App. B.1) with TRL's `SFTTrainer`.
 
-    Options of `base` that `SFTConfig` knows apply unless `options` changes them.
+    Options of `base` that `SFTConfig` knows apply unless `options` changes them. Unfinished work lies in a directory
+    of this output alone: checkpoints of another model are never resumed from.
     """
+    unfinished = output.with_name(f"{output.name}-trainer")
     if output.exists():
+        _remove(unfinished)  # of a run that was killed while it removed it
         return output
     shared = {
         entry.name: getattr(base, entry.name)
@@ -106,26 +131,37 @@ def supervise(
     return supervise_with(
         SFTConfig(
             **shared
-            | {"save_total_limit": 2}
+            | {"save_total_limit": 2, "include_num_input_tokens_seen": "non_padding" if describe else "no"}
             | supervised_options(options)
-            | {"output_dir": str(output.with_name("supervised-trainer"))}
+            | {"output_dir": str(unfinished)}
         ),
         checkpoint,
         output,
         dataset,
         tokenizer,
+        describe,
     )
 
 
 def supervise_with(
-    config: SFTConfig, checkpoint: Path | str, output: Path, dataset: Dataset, tokenizer: PreTrainedTokenizerBase
+    config: SFTConfig,
+    checkpoint: Path | str,
+    output: Path,
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    describe: Describe | None = None,
 ) -> Path:
-    """[`supervise`] with options of its own, whose `output_dir` is for unfinished work."""
+    """
+    [`supervise`] with options of its own, whose `output_dir` is for unfinished work.
+
+    With `describe` the record that it makes of steps, tokens and seconds goes into `output` as `cbd_bridge.json`.
+    """
+    started = time.perf_counter()
     own_deepspeed(config)
     if dataset_kind(dataset.column_names, config.dataset_text_field) == "messages":
         dataset = supervise_turns(dataset, tokenizer)  # SFTTrainer would train the user's turns as well
     trainer = SFTTrainer(
-        AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32),
+        load_model(str(checkpoint), config.model_init_kwargs, config.trust_remote_code, torch.float32),
         args=config,
         train_dataset=dataset,
         processing_class=tokenizer,
@@ -133,6 +169,8 @@ def supervise_with(
 
     def save(directory: Path) -> None:
         trainer.save_model(str(directory))
+        if describe and trainer.is_world_process_zero():
+            _write(directory / BRIDGE_RECORD, describe(_result(trainer, started)))
 
     _train(trainer, output, save)
     return output
@@ -187,15 +225,19 @@ def distil(
     return train_once(output, make)
 
 
-def train_once(output: Path, make_trainer: Callable[[], StepwiseDistillationTrainer]) -> dict[str, Any]:
+def train_once(
+    output: Path, make_trainer: Callable[[], StepwiseDistillationTrainer], describe: Describe | None = None
+) -> dict[str, Any]:
     """
     Train and save an anchor as `output`, unless that has been done; see [`distil`] for what is returned.
 
     Args:
         output (`Path`): where the anchor goes.
         make_trainer (`Callable`): called if there is something to train.
+        describe (`Callable`, *optional*): makes a record of what is returned, which goes into `output` as
+            `cbd_bridge.json` and is returned. By default the record is a file beside `output`.
     """
-    record_path = output.with_name(f"{output.name}.json")
+    record_path = output / BRIDGE_RECORD if describe else output.with_name(f"{output.name}.json")
     if output.exists() and record_path.exists():
         return json.loads(record_path.read_text())
     started = time.perf_counter()
@@ -203,23 +245,32 @@ def train_once(output: Path, make_trainer: Callable[[], StepwiseDistillationTrai
 
     def save(directory: Path) -> None:
         trainer.save_anchor(directory)
-        logged = [entry["divergence"] for entry in trainer.state.log_history if "divergence" in entry]
+        logged = [entry for entry in trainer.state.log_history if "divergence" in entry]
+        last = logged[-1] if logged else {}
         if trainer.is_world_process_zero():
-            record = {
-                "steps": trainer.state.global_step,
-                "tokens": int(trainer.state.num_input_tokens_seen),
-                "seconds": round(time.perf_counter() - started, 1),
-                "last_divergence": logged[-1] if logged else None,
-            }
-            atomic_write_text(record_path, json.dumps(record))
+            record = _result(trainer, started) | {"last_divergence": last.get("divergence")}
+            record |= {name: last[name] for name in _ALIGNMENT if name in last}
+            if describe:
+                _write(directory / BRIDGE_RECORD, describe(record))
+            else:
+                _write(record_path, record)
 
     _train(trainer, output, save)
     return json.loads(record_path.read_text())
 
 
+# What a bridge logs beside the loss.
+_ALIGNMENT = ("align_ratio", "span_ratio", "vocabulary_coverage_student", "vocabulary_coverage_source")
+
+
 def _hidden_loss(config: StepwiseDistillationConfig) -> dict[str, Any]:
     names = ("hidden_loss_weight", "hidden_loss_layers") if config.hidden_loss_weight else ()
     return {name: getattr(config, name) for name in names}
+
+
+def packages() -> dict[str, str]:
+    """Versions of what takes part in a training."""
+    return {name: version(name) for name in _PACKAGES}
 
 
 def stage_record(
@@ -241,17 +292,20 @@ def stage_record(
         "learning_rate": config.learning_rate,
         "data": dict(data),
         "seed": config.seed,
-        "packages": {name: version(name) for name in _PACKAGES},
+        "packages": packages(),
         **result,
         **more,
     }
 
 
 __all__ = [
+    "BRIDGE_RECORD",
+    "Describe",
     "distil",
     "make_once",
     "measure_once",
     "own_deepspeed",
+    "packages",
     "stage_record",
     "supervise",
     "supervise_with",

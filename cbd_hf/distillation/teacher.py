@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from cbd_hf.distillation.cache import TeacherCache
+from cbd_hf.tokenization.limits import needed_rows, warn_of_surplus_tokens
 
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def check_same_vocabulary(
     `teacher` may be the number of tokens that a cache has predictions for; a student cannot have fewer rows.
 
     Raises:
-        ValueError: another tokenizer, or one of the models has fewer rows than the tokenizer has tokens.
+        ValueError: another tokenizer, or one of the models has fewer rows than the tokenizer has tokens; added ones
+            besides bos, eos, pad and unk may be missing, with a warning.
     """
     vocabulary = tokenizer.get_vocab()
     if teacher_tokenizer is not None and teacher_tokenizer.get_vocab() != vocabulary:
@@ -107,11 +109,12 @@ def check_same_vocabulary(
         )
     for role, model in (("student", student), ("teacher", teacher)):
         rows = model if isinstance(model, int) else model.config.get_text_config().vocab_size
-        if rows <= max(vocabulary.values()):
+        if rows < needed_rows(tokenizer):
             raise ValueError(
                 f"The {role} has vocab_size {rows} but the tokenizer has {len(vocabulary)} tokens, so they do not "
                 "belong together. Give the tokenizer that the models were trained with as processing_class."
             )
+        warn_of_surplus_tokens(role, tokenizer, rows)
     own = student.config.get_text_config().vocab_size
     if isinstance(teacher, int) and teacher > own:
         raise ValueError(
@@ -124,12 +127,17 @@ def config_of(teacher: PreTrainedModel | str | None, args: StepwiseDistillationC
     """Of a teacher that will run."""
     if args.teacher_cache or teacher is None:
         return None
-    if isinstance(teacher, str):
-        kwargs: Any = args.teacher_model_init_kwargs or {}
-        if isinstance(kwargs.get("config"), PretrainedConfig):
-            return kwargs["config"]
-        return AutoConfig.from_pretrained(teacher, trust_remote_code=args.trust_remote_code, **_hub_options(kwargs))
-    return teacher.config
+    return load_config(teacher, args.teacher_model_init_kwargs, args.trust_remote_code)
+
+
+def load_config(model: PreTrainedModel | str, init_kwargs: Any, trust_remote_code: bool) -> PretrainedConfig:
+    """A model's config, or that of a checkpoint that [`load_model`] loads with the same options."""
+    if not isinstance(model, str):
+        return model.config
+    kwargs = dict(init_kwargs or {})
+    if isinstance(kwargs.get("config"), PretrainedConfig):
+        return kwargs["config"]
+    return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code, **_hub_options(kwargs))
 
 
 def _hub_options(init_kwargs: Any) -> dict[str, Any]:
@@ -149,4 +157,12 @@ def open_cache(
     return cache
 
 
-__all__ = ["check_same_vocabulary", "config_of", "find_tokenizer", "load_model", "load_tokenizer", "open_cache"]
+__all__ = [
+    "check_same_vocabulary",
+    "config_of",
+    "find_tokenizer",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "open_cache",
+]

@@ -55,7 +55,7 @@ class ChatReader:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, side: str) -> None:
         if not tokenizer.chat_template:
-            remedy = "set chat_template_path" if side == "student" else "give its processing class a chat template"
+            remedy = "give it one" + (" (in the training: chat_template_path=FILE.jinja)" if side == "student" else "")
             alternative = "source_prompt='same' with " if side == "source" else ""
             raise ValueError(
                 f"The {side}'s tokenizer has no chat template, so it cannot read conversations: {remedy}, or use "

@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cbd_hf.data.columns import IGNORED
-from cbd_hf.tokenization.alignment import align
+from cbd_hf.tokenization.alignment import NO_SPAN, align
 from cbd_hf.tokenization.encoding import Encoded
 
 
 COLUMNS = ("input_ids", "labels", "spans", "source_input_ids", "source_labels", "source_spans")
-NO_SPAN = -1
 BEHIND = 1 << 62  # a byte behind the end of every text
 
 
@@ -243,13 +242,16 @@ def _placed(
     return index, placed_starts[index], placed_ends[index], over[index]
 
 
-def check_rows(rows: Any, max_length: int | None = None, source_max_length: int | None = None) -> None:
+def check_rows(
+    rows: Any, max_length: int | None = None, source_max_length: int | None = None, what: str = "rows"
+) -> None:
     """
     Raise if no prepared row has a numbered span; warn if some have none.
 
     Args:
         rows (`Dataset` or `Iterable[dict]`): as `BridgeDataCollator.encode` prepares them.
         max_length, source_max_length (`int`, *optional*): the collator's, for the message.
+        what (`str`, *optional*, defaults to `"rows"`): which rows they are, for the message.
 
     Raises:
         ValueError: there are no rows, or none of them has a span that is supervised on both sides.
@@ -267,7 +269,7 @@ def check_rows(rows: Any, max_length: int | None = None, source_max_length: int 
     if first is None:
         return
     message = (
-        f"{empty} of {total} rows have no supervised token that both models read within max_length={max_length} and "
+        f"{empty} of {total} {what} have no supervised token that both models read within max_length={max_length} and "
         f"source_max_length={source_max_length}; the first is row {first[0]}, whose prompt takes {first[1]} tokens "
         "of the student or more: raise max_length, or drop long prompts (cbd_hf.data.instructions.drop_long_prompts)."
     )
@@ -322,7 +324,6 @@ def _rows(rows: Any, *columns: str) -> Iterator[Mapping[str, np.ndarray]]:
 __all__ = [
     "BEHIND",
     "COLUMNS",
-    "NO_SPAN",
     "Reading",
     "SpecialIds",
     "Tokens",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from cbd_hf.tokenization.limits import needed_rows, warn_of_surplus_tokens
 from cbd_hf.tokenization.matching_pursuit import matching_pursuit
 from cbd_hf.tokenization.pieces import Pieces
 from cbd_hf.tokenization.splitting import split_texts
@@ -198,23 +199,24 @@ def _transplant(
     pad_to_multiple_of: int | None,
 ) -> TransplantReport:
     _check_options(options.method, options.donor is not None, options.scale, pad_to_multiple_of)
-    old_tokens, new_tokens = _token_rows(tokenizer), _token_rows(new_tokenizer)
-    _check_model(model, old_tokens, "the model", "tokenizer")
+    new_tokens = _token_rows(new_tokenizer)
+    _check_model(model, tokenizer, "the model", "tokenizer")
     if options.donor is not None:
-        _check_model(options.donor, new_tokens, "the donor", "new tokenizer")
+        _check_model(options.donor, new_tokenizer, "the donor", "new tokenizer")
+    old_tokens = min(_token_rows(tokenizer), _rows_of(model))
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     untied = head is not None and head.weight is not embeddings.weight
     pieces = Pieces.from_tokenizer(new_tokenizer)
-    copies = _copies(tokenizer, new_tokenizer, pieces)
+    copies = _copies(tokenizer, new_tokenizer, pieces, old_tokens)
     wanted = torch.ones(new_tokens, dtype=torch.bool)
     wanted[copies.new] = False
     rows = -(-new_tokens // (pad_to_multiple_of or 1)) * (pad_to_multiple_of or 1)
 
-    sums = _sums(wanted, copies, tokenizer, pieces, options, of_head=False)
+    sums = _sums(wanted, copies, tokenizer, pieces, options, old_tokens, of_head=False)
     made = [_rows(embeddings.weight, old_tokens, rows, copies, sums, options)]
     if untied:
         if options.method == "omp":
-            sums = _sums(wanted, copies, tokenizer, pieces, options, of_head=True)
+            sums = _sums(wanted, copies, tokenizer, pieces, options, old_tokens, of_head=True)
         made.append(_rows(head.weight, old_tokens, rows, copies, sums, options))
     bias = getattr(head, "bias", None)
     if bias is not None:
@@ -255,15 +257,17 @@ def _check_options(method: str, has_donor: bool, scale: float, pad_to_multiple_o
         raise ValueError(f"pad_to_multiple_of must be at least 1, got {pad_to_multiple_of}.")
 
 
-def _check_model(model: Any, tokens: int, name: str, tokenizer: str) -> None:
+def _check_model(model: Any, known: PreTrainedTokenizerBase, name: str, tokenizer: str) -> None:
     weight = model.get_input_embeddings().weight
     if weight.is_meta or not weight.is_floating_point():
         raise ValueError(f"The embeddings of {name} are {weight.dtype} on {weight.device}; load it unquantised.")
-    if tokens > weight.shape[0]:
+    tokens, rows = needed_rows(known), _rows_of(model)
+    if tokens > rows:
         raise ValueError(
-            f"The {tokenizer} has token ids up to {tokens - 1}, {name} has {weight.shape[0]} embeddings; use the "
-            f"tokenizer that belongs to {name}."
+            f"The {tokenizer} has token ids up to {tokens - 1}, {name} has {rows} embeddings; use the tokenizer that "
+            f"belongs to {name}."
         )
+    warn_of_surplus_tokens(name.removeprefix("the "), known, rows)
     if getattr(model.config.get_text_config(), "vocab_size_per_layer_input", None):
         raise ValueError(
             f"{type(model).__name__} has embeddings of the vocabulary in every layer, which are not transplanted."
@@ -274,9 +278,16 @@ def _token_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     return max(*tokenizer.get_vocab().values(), *tokenizer.added_tokens_decoder) + 1
 
 
-def _copies(tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase, pieces: Pieces) -> _Copies:
+def _rows_of(model: Any) -> int:
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def _copies(
+    tokenizer: PreTrainedTokenizerBase, new_tokenizer: PreTrainedTokenizerBase, pieces: Pieces, old_tokens: int
+) -> _Copies:
     shared = VocabularyMap.from_tokenizers(new_tokenizer, tokenizer)
-    found = list(zip(shared.student_ids.tolist(), shared.source_ids.tolist(), strict=True))
+    both = zip(shared.student_ids.tolist(), shared.source_ids.tolist(), strict=True)
+    found = [(new_id, old_id) for new_id, old_id in both if old_id < old_tokens]
     pairs = {new_id: old_id for new_id, old_id in found if not pieces.special[new_id]}
     count = len(pairs)
     if not count:
@@ -298,13 +309,14 @@ def _sums(
     tokenizer: PreTrainedTokenizerBase,
     pieces: Pieces,
     options: _Options,
+    old_tokens: int,
     *,
     of_head: bool,
 ) -> _Sums | None:
     """
     How the rows of the wanted tokens (bool, one per new token) are made; `None`: at random.
 
-    `pieces` are the new tokenizer's.
+    `pieces` are the new tokenizer's; `old_tokens`: rows that belong to a token.
     """
     if options.method == "random":
         return None
@@ -313,7 +325,8 @@ def _sums(
     wanted = wanted & ~torch.from_numpy(pieces.special)
     new_ids = [token for token in wanted.nonzero()[:, 0].tolist() if pieces.table[token]]
     splits = split_texts(tokenizer, [pieces.table[token] for token in new_ids])
-    found = [(token, split) for token, split in zip(new_ids, splits, strict=True) if split]
+    both = zip(new_ids, splits, strict=True)
+    found = [(token, split) for token, split in both if split and max(split) < old_tokens]
     lengths = torch.tensor([len(split) for _, split in found], dtype=torch.long)
     return _Sums(
         torch.tensor([token for token, _ in found], dtype=torch.long),
@@ -327,11 +340,12 @@ def _sums_by_donor(wanted: torch.Tensor, copies: _Copies, options: _Options, of_
     donor: Any = options.donor
     layer = donor.get_output_embeddings() if of_head else None
     weight = (layer or donor.get_input_embeddings()).weight.float()
-    shared = copies.new[: copies.shared]
-    new_ids = wanted.nonzero()[:, 0]
+    known = copies.new[: copies.shared] < len(weight)
+    shared = copies.new[: copies.shared][known]
+    new_ids = wanted[: len(weight)].nonzero()[:, 0]
     atoms = weight[shared.to(weight.device)]
     chosen, weights = matching_pursuit(weight[new_ids.to(weight.device)], atoms, options.k)
-    old_ids = copies.old[: copies.shared][chosen.cpu()]
+    old_ids = copies.old[: copies.shared][known][chosen.cpu()]
     return _Sums(new_ids, old_ids.flatten(), weights.cpu().flatten(), torch.arange(len(new_ids)) * options.k)
 
 

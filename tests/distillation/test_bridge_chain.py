@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
 from pathlib import Path
@@ -13,6 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from cbd_hf import DistillationChain, StepwiseDistillationConfig
 from cbd_hf.commands.build import main
+from cbd_hf.distillation import stages
+from cbd_hf.distillation.answers import AnswersManifest, load_answers
+from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
+from cbd_hf.distillation.bridge.recipe import answers_run
+from cbd_hf.distillation.bridge.stage import bridge_record
 from cbd_hf.distillation.builder import build_chain
 from cbd_hf.distillation.recipe import BuildArguments
 
@@ -108,9 +114,86 @@ def test_by_text(recipe: dict[str, Any]) -> None:
     assert [anchor.name for anchor in chain] == ["anchor-zero", "large", "small"]
     stage = chain[0].stage
     assert stage is not None and stage["objective"] == {"name": "sequence"}
-    assert stage["answers"]["answers"] == stage["answers"]["kept"] == 20  # 24 rows, 4 held out
-    assert stage["answers"]["settings"]["temperature"] == 0.7
+    made = stage["answers"]
+    assert made["answers"] == made["kept"] == 20  # 24 rows, 4 held out
+    assert made["settings"]["temperature"] == 0.7 and made["settings"]["max_new_tokens"] == 8
+    assert made["filters"]["drop_unfinished"] is False and made["end_token_ids"]
+    assert made["source"]["name"] == stage["teacher"] == recipe["source"]
     assert stage["supervised"] == {"max_steps": 1} and stage["training"] == {"max_steps": 2}
+    assert stage["steps"] == 2 and stage["tokens"] > 0
+    # The answers stay, and another chain of the same recipe could learn from them.
+    rows, _ = load_answers(f"{recipe['output_dir']}.answers")
+    assert len(rows) == 20 and AnswersManifest.read(Path(f"{recipe['output_dir']}.answers")).complete
+
+
+def test_a_kill_behind_a_supervised_phase(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The source's fine-tuning is saved, its checkpoints are not removed yet: the bridge never goes on from them."""
+    recipe["bridge"] |= {
+        "method": "sequence",
+        "supervised": {"max_steps": 2},
+        "answers": {"max_new_tokens": 4},
+        "training": {"max_steps": 2},
+    }
+    recipe["anchors"] = recipe["anchors"][:1]
+    undisturbed = build(recipe | {"output_dir": recipe["output_dir"] + "-once"})
+    remove = stages.shutil.rmtree
+
+    def killed(path: Any, *args: Any, **kwargs: Any) -> None:
+        if Path(path).name == "source-supervised-trainer":
+            raise KeyboardInterrupt
+        remove(path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(recipe)
+    left = Path(f"{recipe['output_dir']}.build") / "bridge"
+    assert (left / "source-supervised").is_dir() and list(left.glob("*-trainer/checkpoint-2"))
+    resumed = build(recipe)
+    for one, other in zip(undisturbed, resumed, strict=True):
+        assert (one.path / "model.safetensors").read_bytes() == (other.path / "model.safetensors").read_bytes()
+
+
+def test_sizes_from_python(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    count = AutoModelForCausalLM.from_pretrained(recipe["bridge"]["checkpoint"]).num_parameters()
+    recipe |= {"sizes": [str(count)], "max_steps": 1, "anchors": recipe["anchors"][:1]}
+    build(recipe)
+    assert len(list(Path(f"{recipe['output_dir']}.models").iterdir())) == 1
+
+
+def test_record_of_a_method(tmp_path: Path) -> None:
+    config = BridgeDistillationConfig(
+        output_dir=str(tmp_path), method="uld", uld_tokens=7, hidden_loss_weight=0.25, source_prompt="chat"
+    )
+    record = bridge_record("source", config, {}, {"steps": 1})
+    assert record["objective"]["uld_tokens"] == 7 and record["objective"]["hidden_loss_weight"] == 0.25
+    assert record["rows"]["source_prompt"] == "chat" and record["steps"] == 1
+
+
+def test_type_of_the_source_that_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = answers_run({"answers": {"batch_size": "4", "n": 2}})
+    assert run.options(tuned=False) == {"dtype": "auto", "batch_size": 4, "model_init_kwargs": None}
+    for there, expected in ((True, "bfloat16"), (False, "auto")):
+        monkeypatch.setattr("torch.accelerator.is_available", lambda there=there: there)
+        assert run.options(tuned=True)["dtype"] == expected
+    assert answers_run({"answers": {"dtype": "float16"}}).options(tuned=True)["dtype"] == "float16"
+
+
+def test_how_the_source_answers(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    def spied(*args: Any, **kwargs: Any) -> None:
+        seen.update(kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cbd_hf.distillation.bridge.stage.build_answers", spied)
+    recipe["bridge"] |= {
+        "method": "sequence",
+        "answers": {"max_new_tokens": 8, "dtype": "bfloat16", "model_init_kwargs": {"a": 1}},
+    }
+    with pytest.raises(KeyboardInterrupt):
+        build(recipe)
+    assert (seen["dtype"], seen["batch_size"], seen["model_init_kwargs"]) == ("bfloat16", 16, {"a": 1})
 
 
 def test_resumes_behind_the_bridge(recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,6 +229,15 @@ def test_resumes_behind_the_bridge(recipe: dict[str, Any], monkeypatch: pytest.M
         ({"name": "small"}, {}, "needs a name of its own"),
         ({"name": "../x"}, {}, "cannot be named"),
         ({"checkpoint": ""}, {}, "needs a checkpoint"),
+        ({"training": {"method": "sequence"}}, {}, "write it beside `training`"),
+        ({"supervised": {"max_steps": 1}, "training": {"teacher_cache": "none"}}, {}, "trains the source first"),
+        ({"training": {"teacher_cache": "none"}}, {}, "not a teacher cache"),
+        ({"method": "sequence", "answers": {"dtype": "int8"}}, {}, "dtype='int8'"),
+        ({"method": "sequence", "answers": {"batch_size": 0}}, {}, "batch_size=0"),
+        ({"method": "sequence", "answers": {"source_prompt": "chat"}}, {}, "no chat template"),
+        ({"method": "sequence", "answers": {"max_new_tokens": 300}}, {}, "256 positions"),
+        ({"training": {"source_prompt": "chat"}}, {}, "no chat template"),
+        ({"training": {"source_max_length": 300}}, {}, "256 positions"),
         ({}, {"include_source": True}, "include_source"),
         ({}, {"sizes": ["900M"]}, "outside the chain's range"),
         ({}, {"sizes": ["many"]}, "not a number"),
@@ -155,6 +247,52 @@ def test_refused_before_any_work(
     recipe: dict[str, Any], bridge: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
     recipe["bridge"] |= bridge
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         build(recipe | changes)
-    assert not Path(recipe["output_dir"]).exists()
+    assert not list(Path(recipe["output_dir"]).parent.glob("chain*"))
+
+
+@pytest.mark.parametrize(
+    ("bridge", "missing"),
+    [
+        ({"method": "mined"}, "rapidfuzz"),
+        ({"method": "sequence", "answers": {"engine": "vllm"}}, "vllm"),
+        ({"method": "sequence", "filters": {"min_rouge_l": 20}}, "rouge_score"),
+    ],
+)
+def test_missing_packages(
+    recipe: dict[str, Any], bridge: dict[str, Any], missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *args: None if name == missing else find(name, *args))
+    recipe["bridge"] |= bridge
+    with pytest.raises((ImportError, ValueError), match=f"(?i)needs {missing}"):
+        build(recipe)
+    assert not list(Path(recipe["output_dir"]).parent.glob("chain*"))
+
+
+@pytest.mark.parametrize("method", ["alm", "sequence"])
+def test_conversations_without_a_template(recipe: dict[str, Any], method: str) -> None:
+    """The source has one, the student not: found before the source is fine-tuned or answers."""
+    source = AutoTokenizer.from_pretrained(recipe["source"])
+    source.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    source.save_pretrained(recipe["source"])
+    rng = random.Random(1)
+    rows = [[{"role": role, "content": sentence(rng)} for role in ("user", "assistant")] for _ in range(12)]
+    Path(recipe["dataset"]).write_text("\n".join(json.dumps({"messages": turns}) for turns in rows))
+    recipe["bridge"] |= {"method": method, "supervised": {"max_steps": 1}}
+    if method == "sequence":
+        recipe["bridge"]["answers"] = {"max_new_tokens": 8}
+    with pytest.raises(ValueError, match="tokenizer has no chat template"):
+        build(recipe | {"data_format": "columns"})
+    assert not list(Path(recipe["output_dir"]).parent.glob("chain*"))
+
+
+def test_answers_of_something_else(recipe: dict[str, Any]) -> None:
+    recipe["bridge"] |= {"method": "sequence", "supervised": {"max_steps": 1}, "answers": {"max_new_tokens": 8}}
+    own = Path(f"{recipe['output_dir']}.answers")
+    own.mkdir()
+    (own / "notes").write_text("mine")
+    with pytest.raises(FileExistsError, match="answers"):
+        build(recipe)
+    assert [path.name for path in own.iterdir()] == ["notes"] and not Path(f"{recipe['output_dir']}.build").exists()

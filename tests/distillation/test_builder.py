@@ -269,7 +269,7 @@ def test_existing_directory_is_left_alone(material: dict[str, str], tmp_path: Pa
         ([{"name": "a", "num_hidden_layers": 3, "supervised": {"lr": 1}}], "`supervised` has 'lr'"),
         ([{"name": "a", "num_hidden_layers": 3}, {"name": "b", "num_hidden_layers": 4}], "would grow"),
         ([{"name": "a"}], "either `checkpoint` or a shape"),
-        ([{"name": "a", "num_hidden_layers": 3, "training": {"lr": 1}}], "not an option of StepwiseDistillationConfig"),
+        ([{"name": "a", "num_hidden_layers": 3, "training": {"lr": 1}}], "is not an option of Stepwise"),
         ([{"name": "a", "num_hidden_layers": 3, "training": {"lmbda": 2}}], r"lmbda=2 is outside \[0, 1\]"),
         ([{"name": "a", "num_hidden_layers": 9}], "would grow"),
         ([{"name": "a", "num_hidden_layers": 5}], "as large as"),

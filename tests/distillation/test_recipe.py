@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from trl import SFTConfig
 
 from cbd_hf import StepwiseDistillationConfig
+from cbd_hf.distillation.answers import AnswersSettings
+from cbd_hf.distillation.options import typed_options
 from cbd_hf.distillation.recipe import BuildArguments, check_recipe, differences, recipe_record, what_is_learnt
 
 from .cache import helpers as cache_helpers
@@ -98,3 +101,25 @@ def test_a_cache_belongs_to_one_stage(tmp_path: Path) -> None:
         check(own=True, temperature=2.0)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         check(count=1, teacher_cache=str(tmp_path / "nowhere"))
+
+
+def test_text_becomes_the_number_that_the_field_has() -> None:
+    made = typed_options(AnswersSettings, {"n": "2", "seed": "1e2", "temperature": "1", "engine": "vllm"}, "answers")
+    assert made == {"n": 2, "seed": 100, "temperature": 1.0, "engine": "vllm"}
+    assert [type(value) for value in made.values()] == [int, int, float, str]
+    made = typed_options(SFTConfig, {"learning_rate": "2e-4", "warmup_steps": "0.1", "max_length": "12"}, "supervised")
+    assert made == {"learning_rate": 2e-4, "warmup_steps": 0.1, "max_length": 12}
+    with pytest.raises(ValueError, match="`answers`: n is '1.5', but must be a whole number"):
+        typed_options(AnswersSettings, {"n": "1.5"}, "answers")
+    with pytest.raises(ValueError, match="`answers`: top_p is 'most', but must be a number"):
+        typed_options(AnswersSettings, {"top_p": "most"}, "answers")
+
+
+def test_how_a_source_runs_may_change() -> None:
+    def answers(**options: Any) -> dict[str, Any]:
+        record = {"supervised": None, "training": {}, "anchors": [], "bridge": {"answers": {"n": 2} | options}}
+        return what_is_learnt(record)
+
+    assert answers() == answers(batch_size=4, model_init_kwargs={"device_map": "auto"})
+    lines = differences(answers(), answers(dtype="bfloat16"))
+    assert lines == ["bridge.answers.dtype: was None, is 'bfloat16'"]

@@ -10,7 +10,7 @@ import pytest
 from transformers import PretrainedConfig
 
 from cbd_hf.distillation import teacher as module
-from cbd_hf.distillation.teacher import config_of, find_tokenizer, load_tokenizer
+from cbd_hf.distillation.teacher import check_same_vocabulary, config_of, find_tokenizer, load_tokenizer
 
 from ..models import tiny_config, tiny_tokenizer
 from .helpers import make_config, make_trainer, student_model, teacher_model
@@ -80,3 +80,19 @@ def test_a_students_tokenizer_of_a_subfolder(tmp_path: Path) -> None:
     student_model().save_pretrained(tmp_path / "small")
     tiny_tokenizer().save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), {"subfolder": "small"}, False).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_surplus_tokens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Added tokens that both models lack, such as those for images, are named; ordinary ones and roles are needed."""
+    tokenizer = tiny_tokenizer()
+    models = student_model(), teacher_model()
+    rows = models[0].config.vocab_size
+    tokenizer.add_tokens([f"<spare {number}>" for number in range(rows - len(tokenizer))], special_tokens=True)
+    check_same_vocabulary(*models, tokenizer)
+    assert not caplog.records
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    check_same_vocabulary(*models, tokenizer)
+    assert f"The student has {rows} tokens and none of 1 that its tokenizer was given besides: <image>" in caplog.text
+    tokenizer.pad_token = "<image>"
+    with pytest.raises(ValueError, match=f"The student has vocab_size {rows}"):
+        check_same_vocabulary(*models, tokenizer)

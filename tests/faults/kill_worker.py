@@ -42,7 +42,7 @@ assert StepwiseDistillationTrainer and transformers.trainer and chain_card  # im
 
 # One kill in each of these, wherever they come first: (what, where, how often it happens before).
 AIMED = [
-    ("torn", "supervised-trainer/checkpoint-2/optimizer.pt", 0),
+    ("torn", "source-supervised-trainer/checkpoint-2/optimizer.pt", 0),
     ("torn", "source-supervised.partial/model.safetensors", 0),
     ("torn", "mid/trainer/checkpoint-3/model.safetensors", 0),
     ("open", "mid/trainer/checkpoint-4/.cbd_complete", 0),
@@ -183,7 +183,7 @@ def progress(chain: Path) -> tuple[int, int, int]:
     if (stage / "trained").is_dir():
         return finished, 2, 0
     prepared = (work / "source-supervised").is_dir()
-    last = last_complete_checkpoint(stage / "trainer" if prepared else work / "supervised-trainer")
+    last = last_complete_checkpoint(stage / "trainer" if prepared else work / "source-supervised-trainer")
     return finished, int(prepared), int(last.rpartition("-")[2]) if last else 0
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cbd_hf.distillation.preparation import prepare_rows
 from cbd_hf.tokenization.collator import BridgeDataCollator, end_of_turn_pair
+from cbd_hf.tokenization.limits import Limits
 from cbd_hf.tokenization.rows import COLUMNS, alignment_statistics, check_rows
 from tests.distillation.cache.helpers import training_config
 from tests.tokenization.chats import CHATML, GEMMA, LLAMA, THINKING, chat_tokenizer, turn
@@ -309,3 +310,78 @@ def test_mistakes() -> None:
         collator().encode([{"body": "x"}])
     assert encode(collator(text_field="body"), {"body": TEXT["text"]}) == encode(collator(), TEXT)
     assert collator().source_max_length == 2048 and collator(max_length=None).source_max_length is None
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": None}, "Row 7: 'text' is None, of type NoneType; it must be a string"),
+        ({"messages": None}, "Row 7: 'messages' is None.* must be a list of messages"),
+        ({"prompt": 3, "completion": "x"}, "Row 7: 'prompt' is 3, of type int; it must be a string or a list of mes"),
+        ({"text": "a \ud800"}, "Row 7: .*surrogates not allowed"),
+        (CHAT | {"tools": [{"name": "f"}]}, "Row 7: The column 'tools' is not handed to the chat templates"),
+        (CHAT_ANSWER | {"chat_template_kwargs": {"enable_thinking": True}}, "Row 7: .* 'chat_template_kwargs' is not"),
+        ({"messages": [turn("user", "x")]}, "Row 7: A conversation in 'messages' has no assistant turn"),
+    ],
+)
+def test_the_row_is_named(row: dict[str, Any], message: str) -> None:
+    good = {name: {"text": "x", "prompt": "x", "completion": "y"}.get(name, CHAT.get(name)) for name in row}
+    good |= {"prompt": CHAT_ANSWER["prompt"], "completion": CHAT_ANSWER["completion"]} if "completion" in row else {}
+    with pytest.raises(ValueError, match=message):
+        collator().encode([good, row], [3, 7])
+
+
+def test_the_row_of_a_text_that_cannot_be_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = collator()
+    encode_texts = made.encoders[1].encode
+
+    def refuse(texts: list[str]) -> Any:
+        if "odd" in texts:
+            raise ValueError("it changes the text")
+        return encode_texts(texts)
+
+    monkeypatch.setattr(made.encoders[1], "encode", refuse)
+    with pytest.raises(ValueError, match="Row 1: it changes the text"):
+        made.encode([TEXT, {"text": "odd"}, TEXT])
+
+
+def test_columns_of_options_may_be_empty() -> None:
+    assert encode(collator(), CHAT | {"tools": None, "chat_template_kwargs": {}}) == encode(collator(), CHAT)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("side", [0, 1])
+def test_rows_that_a_model_cannot_read(side: int, prepared: bool) -> None:
+    """A token without a row in the embeddings, or more tokens than positions; what just fits is taken."""
+    row = encode(collator(), ANSWER)
+    ids = row[("input_ids", "source_input_ids")[side]]
+    given = [TEXT | {"text": "x"}, {"text": ANSWER["prompt"] + ANSWER["completion"]}]
+    if prepared:
+        given = [encode(collator(), one) for one in given]
+    role = ("student", "source")[side]
+
+    def limited(limits: Limits) -> BridgeDataCollator:
+        both = [Limits(), Limits()]
+        both[side] = limits
+        return collator().within(*both)
+
+    fits = Limits(max(ids) + 1, len(ids))
+    assert all(torch.equal(value, collator()(given)[name]) for name, value in limited(fits)(given).items())
+    for limits, message in (
+        # BOS or EOS, which both rows have.
+        (Limits(max(ids), None), rf"Row 0 has the token .* \({max(ids)}\), but the {role} has {max(ids)} tokens"),
+        (Limits(None, len(ids) - 1), rf"Row 1 has {len(ids)} tokens of the {role}, which has {len(ids) - 1} pos"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            limited(limits)(given)
+
+
+def test_batch_of_empty_texts() -> None:
+    """At least two columns, of which the second can be predicted, also without BOS and EOS."""
+    plain = copy.deepcopy(tokenizer("chatml"))
+    plain.eos_token = None
+    made = BridgeDataCollator(plain, plain)
+    assert made.encode([{"text": ""}])["input_ids"] == [[]]
+    batch = made([{"text": ""}])
+    assert all(value.shape == (1, 2) for value in batch.values())
+    assert (batch["labels"] == -100).all() and not batch["attention_mask"].any()

@@ -284,8 +284,8 @@ def test_bos_that_is_missed(
         ({"method": "mean", "donor": 0}, 'for method="omp" only'),
         ({"method": "omp", "donor": 0, "k": 0}, r"k must be in \[1, 32\].*got 0"),
         ({"method": "omp", "donor": 0, "k": 33}, r"k must be in \[1, 32\].*got 33"),
-        ({"method": "omp", "donor": -200}, "The new tokenizer has token ids up to 461, the donor has 262 embeddings"),
-        ({"spare": -1}, "The tokenizer has token ids up to 321, the model has 321 embeddings"),
+        ({"method": "omp", "donor": -200}, "The new tokenizer has token ids up to 460, the donor has 262 embeddings"),
+        ({"spare": -2}, "The tokenizer has token ids up to 320, the model has 320 embeddings"),
         ({"scale": 0.0}, "scale must be above 0 and finite, got 0.0"),
         ({"scale": float("inf")}, "scale must be above 0"),
         ({"pad_to_multiple_of": 0}, "pad_to_multiple_of must be at least 1, got 0"),
@@ -302,6 +302,33 @@ def test_bad_options(
     with pytest.raises(ValueError, match=message):
         transplant_vocabulary(model, old, new, **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def with_images(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """With an added token that is in texts and one that is not, as text models of a family with images have them."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    result = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END)
+    result.add_tokens([" walked on the moon"])
+    result.add_tokens(["<image>"], special_tokens=True)
+    return result
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_surplus_tokens(
+    method: Any, old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Added tokens that the model or the donor has no rows for change nothing else, and are named."""
+    before, after = with_images(old), with_images(new)
+    options = {"donor_model": model_for("mistral", new, seed=1), "k": 4} if method == "omp" else {}
+    plain = transplant_vocabulary(model_for("mistral", old), old, new, method=method, **options)
+    model = transplant_vocabulary(model_for("mistral", old), before, after, method=method, **options)
+    assert "The model has 322 tokens and none of 2" in caplog.text and "<image>" in caplog.text
+    assert ("The donor has" in caplog.text) == (method == "omp")
+    for found, expected in zip(matrices(model), matrices(plain), strict=True):
+        assert len(found) == len(expected) + 2
+        if method != "random":  # whose draws depend on the number of rows
+            assert torch.equal(found[: len(new)], expected)
+        assert found.isfinite().all()
 
 
 def test_embeddings_in_every_layer_are_refused(old: PreTrainedTokenizerFast, new: PreTrainedTokenizerFast) -> None:

@@ -28,6 +28,7 @@ from cbd_hf.distillation.answers.prompts import (
     Prompts,
     answer_text,
     check_chat_template,
+    check_positions,
     encode_prompts,
     read_prompts,
     sample_keys,
@@ -120,13 +121,7 @@ def build_answers(
     record, tokenizer, ends, positions = _describe(checkpoint, os.fspath(source), dtype, trust_remote_code)
     template = check_chat_template(tokenizer, prompts, settings)
     rows, encoded = encode_prompts(prompts, tokenizer, settings)
-    longest = max(map(len, encoded)) + settings.max_new_tokens
-    if positions is not None and longest > positions:
-        raise ValueError(
-            f"The longest prompt, of {longest - settings.max_new_tokens} tokens, and max_new_tokens="
-            f"{settings.max_new_tokens} together exceed the {positions} positions of {source}; lower one of "
-            "max_prompt_length and max_new_tokens."
-        )
+    longest = check_positions(encoded, settings, positions)
     wanted = AnswersManifest(
         settings,
         record,

@@ -103,6 +103,9 @@ class TransformersEngine:
                 attention_mask=mask,
                 generation_config=self.model.generation_config,
                 logits_processor=self._processors([keys[index] for index in chosen], mask),
+                # Under ZeRO-3's options processes would wait for each other at every token, also for those that have
+                # nothing to answer; this model is whole.
+                synced_gpus=False,
             )
             for index, row in zip(chosen, generated[:, tokens.shape[1] :].tolist(), strict=True):
                 answers[index] = cut(row, self.end_token_ids)

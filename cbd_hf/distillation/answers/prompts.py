@@ -157,6 +157,22 @@ def encode_prompts(
     return kept, [encoded[row] for row in kept]
 
 
+def check_positions(encoded: Sequence[Sequence[int]], settings: AnswersSettings, positions: int | None) -> int:
+    """
+    Tokens of the longest prompt with its answer.
+
+    Raises:
+        ValueError: they are more than the source's `positions`.
+    """
+    prompt = max(map(len, encoded))
+    if positions is not None and prompt + settings.max_new_tokens > positions:
+        raise ValueError(
+            f"The longest prompt, of {prompt} tokens, and max_new_tokens={settings.max_new_tokens} together exceed "
+            f"the {positions} positions of the source; lower one of max_prompt_length and max_new_tokens."
+        )
+    return prompt + settings.max_new_tokens
+
+
 def _without_end(tokenizer: PreTrainedTokenizerBase, encoded: list[list[int]]) -> list[list[int]]:
     """Some tokenizers close every text with an end token, behind which no answer would come."""
     probe: Any = tokenizer("a")["input_ids"]
@@ -198,6 +214,7 @@ __all__ = [
     "Prompts",
     "answer_text",
     "check_chat_template",
+    "check_positions",
     "encode_prompts",
     "read_prompts",
     "sample_keys",

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from cbd_hf.distillation.bridge.objectives import METHODS, SpanObjective
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.tokenization.collator import SOURCE_PROMPTS
 
 
-SOURCE_PROMPTS = ("same", "chat")
 SEQUENCE = "sequence"
 
 
@@ -41,7 +41,13 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
             What the source reads in place of `prompt`: the `"same"` text, or its `"chat"` template with the prompt as
             the user's message.
         source_max_length (`int`, *optional*):
-            Tokens of a row on the source's side; by default twice `max_length`. Both sides are cut at the same byte.
+            Tokens of a row on the source's side; by default twice `max_length`, or the source's positions if these are
+            fewer. Both sides are cut at the same byte.
+        max_length (`int`, *optional*, defaults to 1024):
+            Tokens of a row on the student's side. 1024 and `None` are lowered to the student's positions; any other
+            value above them is an error.
+        chat_template_path (`str`, *optional*):
+            A `.jinja` file, for the student.
 
     > Fixed
 
@@ -80,7 +86,8 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
         },
     )
     source_max_length: int | None = field(
-        default=None, metadata={"help": "Tokens of a row on the source's side; by default twice max_length."}
+        default=None,
+        metadata={"help": "Tokens of a row on the source's side; by default twice max_length, or its positions."},
     )
 
     def check(self) -> None:

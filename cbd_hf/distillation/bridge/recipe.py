@@ -4,20 +4,28 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from cbd_hf.distillation.answers.filters import AnswerFilters
 from cbd_hf.distillation.answers.manifest import AnswersSettings
 from cbd_hf.distillation.bridge.config import SEQUENCE, BridgeDistillationConfig
+from cbd_hf.distillation.bridge.source_cache import SourceCache
+from cbd_hf.distillation.cache.manifest import DTYPES
+from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.options import typed_options
 
 
 BRIDGE_OPTIONS = {"answers", "checkpoint", "filters", "method", "name", "supervised", "training"}
+# Options of `answers` that say how the source runs, not what it answers.
+ANSWERS_RUN_ONLY = ("batch_size", "model_init_kwargs")
 _DEFAULT_NAME = "bridge"
 # Options of the stepwise trainer that mean something else for a bridge, or nothing.
 _NOT_INHERITED = ("cross_entropy_weight", "lmbda", "objective", "packing", "padding_free", "teacher_cache")
@@ -41,6 +49,8 @@ def check_bridge(bridge: Mapping[str, Any], training: StepwiseDistillationConfig
     if not bridge.get("checkpoint"):
         raise ValueError("`bridge` needs a checkpoint: a model of the chain's own family, such as gpt2-xl.")
     typed_options(SFTConfig, bridge.get("supervised"), "bridge: supervised")
+    if "method" in (bridge.get("training") or {}):
+        raise ValueError("`bridge: training` has 'method': write it beside `training`, in `bridge`.")
     if bridge_method(bridge) == SEQUENCE:
         if data_format == "text":
             raise ValueError(
@@ -49,13 +59,29 @@ def check_bridge(bridge: Mapping[str, Any], training: StepwiseDistillationConfig
             )
         typed_options(SFTConfig, bridge.get("training"), "bridge: training")
         answers_settings(bridge)
+        answers_run(bridge)
         answer_filters(bridge)
     else:
         for name in ("answers", "filters"):
             if name in bridge:
                 raise ValueError(f"`bridge` has {name}, which only method: sequence uses; leave it out.")
-        bridge_training(training, bridge, "unused")
+        config = bridge_training(training, bridge, "unused")
+        if config.method == "mined" and importlib.util.find_spec("rapidfuzz") is None:
+            raise ValueError("method: mined needs rapidfuzz. Run: pip install rapidfuzz, or choose another method.")
+        _check_cache(config, bridge)
     return bridge_name(bridge)
+
+
+def _check_cache(config: BridgeDistillationConfig, bridge: Mapping[str, Any]) -> None:
+    if not config.teacher_cache:
+        return
+    if bridge.get("supervised"):
+        raise ValueError(
+            f"teacher_cache={config.teacher_cache!r} has the predictions of the source as it is, but `bridge: "
+            "supervised` trains the source first: leave one of them out."
+        )
+    cache = SourceCache(TeacherCache.from_pretrained(config.teacher_cache)).cache
+    cache.check(temperature=config.temperature, objective=config.objective, hidden=config.hidden_loss_weight > 0)
 
 
 def bridge_name(bridge: Mapping[str, Any]) -> str:
@@ -71,7 +97,49 @@ def bridge_method(bridge: Mapping[str, Any]) -> str:
 
 def answers_settings(bridge: Mapping[str, Any]) -> AnswersSettings:
     """How the source's answers are drawn."""
-    return AnswersSettings(**typed_options(AnswersSettings, bridge.get("answers"), "bridge: answers"))
+    names = {entry.name for entry in dataclasses.fields(AnswersRun)}
+    given = {name: value for name, value in (bridge.get("answers") or {}).items() if name not in names}
+    return AnswersSettings(**typed_options(AnswersSettings, given, "bridge: answers"))
+
+
+@dataclass(frozen=True)
+class AnswersRun:
+    """
+    How the source runs while it answers.
+
+    Args:
+        dtype (`str`, *optional*): of its weights; `"auto"` is as stored. By default bfloat16 for a source that
+            `supervised` has trained, which is stored in float32, on an accelerator, and else as stored.
+        batch_size (`int`, *optional*, defaults to 16): answers at once.
+        model_init_kwargs (`dict`, *optional*): for its `from_pretrained`, such as `device_map`, or for `vllm.LLM`.
+
+    Raises:
+        ValueError: one of them is out of its range.
+    """
+
+    dtype: str | None = None
+    batch_size: int = 16
+    model_init_kwargs: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (None, "auto", *DTYPES):
+            raise ValueError(f"`bridge: answers`: dtype={self.dtype!r} is unknown; choose auto or one of {DTYPES}.")
+        if self.batch_size < 1:
+            raise ValueError(f"`bridge: answers`: batch_size={self.batch_size} must be at least 1.")
+        if not isinstance(self.model_init_kwargs, dict | None):
+            raise ValueError(f"`bridge: answers`: model_init_kwargs={self.model_init_kwargs!r} must be a mapping.")
+
+    def options(self, tuned: bool) -> dict[str, Any]:
+        """For [`~cbd_hf.distillation.answers.build_answers`]; `tuned`: whether `supervised` has trained the source."""
+        default = "bfloat16" if tuned and torch.accelerator.is_available() else "auto"
+        return dataclasses.asdict(self) | {"dtype": self.dtype or default}
+
+
+def answers_run(bridge: Mapping[str, Any]) -> AnswersRun:
+    """How the source runs while it answers."""
+    names = {entry.name for entry in dataclasses.fields(AnswersRun)}
+    given = {name: value for name, value in (bridge.get("answers") or {}).items() if name in names}
+    return AnswersRun(**typed_options(AnswersRun, given, "bridge: answers"))
 
 
 def answer_filters(bridge: Mapping[str, Any]) -> AnswerFilters:
@@ -106,8 +174,11 @@ def bridge_training(
 
 
 __all__ = [
+    "ANSWERS_RUN_ONLY",
     "BRIDGE_OPTIONS",
+    "AnswersRun",
     "answer_filters",
+    "answers_run",
     "answers_settings",
     "bridge_method",
     "bridge_name",

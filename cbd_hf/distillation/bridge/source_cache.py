@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _COLUMNS = ("input_ids", "labels")
+_IDS = ["input_ids", SOURCE_PREFIX + "input_ids"]
+_LOOKED_AT = 64  # first rows of a stream
+_CHECKED = 1000  # prepared rows in memory at once
 
 
 def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | None = None, name: str = "train") -> Any:
@@ -38,19 +42,35 @@ def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | No
         `Dataset` or `IterableDataset`: with the columns of [`BridgeDataCollator.encode`].
 
     Raises:
-        ValueError: no row has anything that both models can learn from.
+        ValueError: no row, or none of a stream's first ones, has anything that both models can learn from; or a row
+            is one that a model cannot read.
     """
     columns = list(dataset.column_names or next(iter(dataset)))
-    if set(COLUMNS) <= set(columns):
-        return dataset
-    kwargs: dict[str, Any] = {"batched": True, "remove_columns": columns}
+    ready = set(COLUMNS) <= set(columns)
+    limits = collator.max_length, collator.source_max_length
+    kwargs: dict[str, Any] = {"batched": True, "with_indices": True, "remove_columns": columns}
     if not hasattr(dataset, "select"):
-        return dataset.map(collator.encode, **kwargs)
-    prepared = dataset.map(collator.encode, num_proc=num_proc, desc=f"Aligning {name} dataset", **kwargs)
-    check_rows(prepared, collator.max_length, collator.source_max_length)
+        prepared = dataset if ready else dataset.map(collator.encode, **kwargs)
+        first = list(islice(dataset, _LOOKED_AT))
+        rows = [{name: row[name] for name in COLUMNS} for row in first] if ready else _rows(collator.encode(first))
+        collator.check(rows)
+        check_rows(rows, *limits, what=f"rows at the start of the {name} stream")
+        return prepared
+    if ready:
+        prepared = dataset
+        for start in range(0, len(dataset), _CHECKED):
+            part = dataset.select(range(start, min(start + _CHECKED, len(dataset)))).select_columns(_IDS)
+            collator.check(_rows(part.with_format(None)[:]), range(start, start + len(part)))
+    else:
+        prepared = dataset.map(collator.encode, num_proc=num_proc, desc=f"Aligning {name} dataset", **kwargs)
+    check_rows(prepared, *limits)
     found = alignment_statistics(prepared)
     logger.info("%s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
     return prepared
+
+
+def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def source_rows(prepared: Dataset) -> Dataset:

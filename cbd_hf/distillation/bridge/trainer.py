@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cbd_hf.distillation.batching import SOURCE_PREFIX, supervised_positions
 from cbd_hf.distillation.bridge.config import SEQUENCE, BridgeDistillationConfig
@@ -16,13 +18,17 @@ from cbd_hf.distillation.bridge.source_cache import SourceCache, prepare_pairs
 from cbd_hf.distillation.bridge.student import AlignedPredictions, BridgeStudentLoss
 from cbd_hf.distillation.bridge.tiles import Alignment, number_spans
 from cbd_hf.distillation.student import StudentLoss
-from cbd_hf.distillation.teacher import find_tokenizer, load_tokenizer, open_cache
+from cbd_hf.distillation.teacher import find_tokenizer, load_config, load_tokenizer, open_cache
 from cbd_hf.distillation.trainer import AnyDataset, StepwiseDistillationTrainer
 from cbd_hf.tokenization.collator import BridgeDataCollator, end_of_turn_pair
 from cbd_hf.tokenization.edit_distance import nearest_student_ids
+from cbd_hf.tokenization.limits import Limits, bridge_lengths, needed_rows, warn_of_surplus_tokens
 from cbd_hf.tokenization.rows import COLUMNS
 from cbd_hf.tokenization.vocabulary import VocabularyMap
 
+
+if TYPE_CHECKING:
+    from transformers.trainer_utils import EvalLoopOutput
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +48,8 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         model (`PreTrainedModel` or `str`): the student, of the chain's family.
         teacher_model (`PreTrainedModel` or `str`, *optional*): the source; as in [`StepwiseDistillationTrainer`].
         args ([`BridgeDistillationConfig`], *optional*): options.
-        data_collator ([`BridgeDataCollator`], *optional*): by default made of the two tokenizers and the options.
+        data_collator ([`BridgeDataCollator`], *optional*): by default made of the two tokenizers and the options. One
+            that is given brings its tokenizers and options.
         train_dataset (`Dataset` or `IterableDataset`): `text`, `prompt` and `completion`, or `messages`; or rows that
             [`BridgeDataCollator.encode`] has prepared.
         eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): likewise.
@@ -51,7 +58,8 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         all others: as in [`StepwiseDistillationTrainer`].
 
     Raises:
-        ValueError: as there; no tokenizer for the source, or two that have nothing in common or cannot be aligned.
+        ValueError: as there; no tokenizer for the source, or two that have nothing in common or cannot be aligned;
+            tokenizers that are not the given collator's; a length or a row beyond a model's positions.
     """
 
     args: BridgeDistillationConfig
@@ -83,24 +91,37 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         if options.get("formatting_func") is not None:
             raise ValueError("formatting_func is not possible with a bridge: map the dataset to 'text' first.")
         teacher_model = teacher_model or args.teacher_model_name_or_path
+        if data_collator is not None:
+            _check_collator(data_collator, args, processing_class, teacher_processing_class)
+            processing_class, source = data_collator.tokenizer, data_collator.source_tokenizer
+        else:
+            source = teacher_processing_class or _source_tokenizer(teacher_model, args)
+        kwargs = args.model_init_kwargs if isinstance(model, str) else None
         if processing_class is None:
-            kwargs = args.model_init_kwargs if isinstance(model, str) else None
             path = model if isinstance(model, str) else model.config._name_or_path
             processing_class = load_tokenizer(path, kwargs, args.trust_remote_code)
-        source = teacher_processing_class or _source_tokenizer(teacher_model, args)
+        limits = (
+            Limits.of(load_config(model, kwargs, args.trust_remote_code)),
+            Limits.of(_source_config(teacher_model, source, args)),
+        )
         if data_collator is None:
+            _apply_token_options(processing_class, args)
+            max_length, source_max_length = bridge_lengths(args.max_length, args.source_max_length, *limits)
             data_collator = BridgeDataCollator(
                 processing_class,
                 source,
-                max_length=args.max_length,
-                source_max_length=args.source_max_length,
+                max_length=max_length,
+                source_max_length=source_max_length,
                 source_prompt=args.source_prompt,  # type: ignore[arg-type]
                 completion_only_loss=args.completion_only_loss,
                 text_field=args.dataset_text_field,
                 pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
             )
-        elif not isinstance(data_collator, BridgeDataCollator):
-            raise ValueError(f"data_collator is a {type(data_collator).__name__}; give a BridgeDataCollator.")
+        for role, known, tokenizer in zip(("student", "source"), limits, (processing_class, source), strict=True):
+            if known.tokens is not None:
+                _check_tokens(role, known.tokens, tokenizer)
+                warn_of_surplus_tokens(role, tokenizer, known.tokens)
+        data_collator = data_collator.within(*limits)
         self._bridge_collator = data_collator
         pair = end_of_turn_pair(data_collator, _are_conversations(train_dataset))
         self.vocabulary_map = VocabularyMap.from_tokenizers(processing_class, source, [pair] if pair else [])
@@ -148,18 +169,15 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
             ("student", student, collator.tokenizer),
             ("source", rows, collator.source_tokenizer),
         ):
-            largest = max(known.get_vocab().values())
-            if size <= largest:
-                raise ValueError(
-                    f"The {role} has vocab_size {size}, but its tokenizer has tokens up to {largest}, so they do not "
-                    "belong together. Give the tokenizer that the model was trained with."
-                )
+            _check_tokens(role, size, known)
 
     def _make_student_loss(self, student: torch.nn.Module, layers: list[int]) -> StudentLoss:
         collator, nearest = self._bridge_collator, None
         if self.args.method == "mined":
             nearest = nearest_student_ids(collator.tokenizer, collator.source_tokenizer, self.vocabulary_map)
         size = self.model.config.get_text_config().vocab_size
+        if nearest is not None:
+            nearest = np.where(nearest < size, nearest, -1)
         return BridgeStudentLoss(
             student,
             self.args.make_span_objective(),
@@ -213,6 +231,11 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         sums = torch.stack([single.sum(), tokens[0].sum(), chosen.sum()]).float()
         self._aligned[mode] = self._aligned.get(mode, 0) + sums
 
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """As in the stepwise trainer."""
+        self._aligned.pop("eval", None)  # of predict(), which logs nothing
+        return super().evaluation_loop(*args, **kwargs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
         As in the stepwise trainer, where `divergence` is that over spans, per supervised token of the student; with
@@ -236,6 +259,72 @@ def _are_conversations(dataset: Any) -> bool | None:
     if row is None or set(COLUMNS) <= set(row):
         return None
     return "messages" in row or isinstance(row.get("prompt"), list)
+
+
+def _check_tokens(role: str, rows: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    needed = needed_rows(tokenizer)
+    if rows < needed:
+        raise ValueError(
+            f"The {role} has vocab_size {rows}, but its tokenizer has tokens up to {needed - 1}, so they do not "
+            "belong together. Give the tokenizer that the model was trained with."
+        )
+
+
+def _check_collator(
+    collator: Any,
+    args: BridgeDistillationConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    source_tokenizer: PreTrainedTokenizerBase | None,
+) -> None:
+    """Raise unless a collator that is given goes with the other arguments."""
+    if not isinstance(collator, BridgeDataCollator):
+        raise ValueError(f"data_collator is a {type(collator).__name__}; give a BridgeDataCollator.")
+    for name, given, own in (
+        ("processing_class", tokenizer, collator.tokenizer),
+        ("teacher_processing_class", source_tokenizer, collator.source_tokenizer),
+    ):
+        if given is not None and given is not own and given.get_vocab() != own.get_vocab():
+            raise ValueError(
+                f"{name} ({len(given)} tokens) has other tokens than that tokenizer of the data_collator ({len(own)} "
+                f"tokens), which makes the rows: leave {name} out, or make the collator with it."
+            )
+    for name in ("chat_template_path", "eos_token"):
+        if getattr(args, name) is not None:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r} comes too late for a data_collator that is given: change its "
+                "tokenizer before the collator is made, or leave the collator out."
+            )
+
+
+def _apply_token_options(tokenizer: PreTrainedTokenizerBase, args: BridgeDistillationConfig) -> None:
+    """`chat_template_path` and `eos_token`, which `SFTTrainer` applies only after the collator has been made."""
+    if args.eos_token is not None:
+        if args.eos_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"eos_token={args.eos_token!r} is no token of the student's tokenizer ({len(tokenizer)} tokens): "
+                "choose one that it has."
+            )
+        tokenizer.eos_token = args.eos_token
+    if args.chat_template_path is not None:
+        path = Path(args.chat_template_path)
+        if path.suffix not in (".jinja", ".j2") or not path.is_file():
+            raise ValueError(
+                f"chat_template_path={str(path)!r} must be a .jinja or .j2 file with a bridge, whose student keeps "
+                "its tokens: write the template into one."
+            )
+        tokenizer.chat_template = path.read_text(encoding="utf-8")
+
+
+def _source_config(
+    source: PreTrainedModel | str | None, tokenizer: PreTrainedTokenizerBase, args: BridgeDistillationConfig
+) -> PretrainedConfig | None:
+    """By which rows are cut as for its cache; `None` where there is a cache only, made from who knows where."""
+    if source is not None and not args.teacher_cache:
+        return load_config(source, args.teacher_model_init_kwargs, args.trust_remote_code)
+    place = source or tokenizer.name_or_path
+    if isinstance(place, str) and not (place and (Path(place) / "config.json").is_file()):
+        return None
+    return load_config(place, None, args.trust_remote_code)
 
 
 def _source_tokenizer(source: PreTrainedModel | str | None, args: BridgeDistillationConfig) -> PreTrainedTokenizerBase:

@@ -34,6 +34,7 @@ from cbd_hf.distillation.cache.teacher_pass import TeacherPass
 from cbd_hf.distillation.cache.writer import ShardBuffer, remove_leftovers, write_shard
 from cbd_hf.distillation.preparation import prepare_rows
 from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
+from cbd_hf.tokenization.limits import needed_rows, warn_of_surplus_tokens
 
 
 if TYPE_CHECKING:
@@ -218,7 +219,8 @@ def _describe(
     assert settings.vocab_size is not None
     if settings.vocab_size > text.vocab_size:
         raise ValueError(f"vocab_size={settings.vocab_size} is more than the {text.vocab_size} tokens of {name}.")
-    least = max(vocabulary.values()) + 1
+    least = needed_rows(tokenizer)
+    warn_of_surplus_tokens("teacher", tokenizer, settings.vocab_size)
     if settings.vocab_size < least:
         raise ValueError(f"vocab_size={settings.vocab_size} is less than the {least} tokens of the tokenizer.")
     return record, settings, getattr(text, "max_position_embeddings", None), tokenizer

@@ -9,9 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from accelerate import PartialState
 
+from cbd_hf.distillation import rounds
 from cbd_hf.distillation.answers import AnswersManifest
+from cbd_hf.distillation.cache.manifest import ShardRecord
 
 from .helpers import build, files, questions
 
@@ -70,3 +74,62 @@ def test_two_processes_write_the_same_files(source: Path, whole: Path, tmp_path:
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert files(tmp_path / "two") == files(whole)
+
+
+class Listed:
+    """A manifest in memory."""
+
+    def __init__(self) -> None:
+        self.shards: list[ShardRecord] = []
+        self.written: list[int] = []
+
+    def write(self, directory: Path) -> None:
+        self.written.append(len(self.shards))
+
+
+def test_shards_before_an_error_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four processes the third fails: what the first two made is kept, the fourth's would leave a gap."""
+    others = [ShardRecord(f"shard-{number}", 1, 1, 1, "") for number in range(4)]
+
+    class State:
+        num_processes, process_index, is_main_process = 4, 0, True
+
+    monkeypatch.setattr(rounds, "gather_object", lambda mine: [*mine, others[1], OSError("disk"), others[3]])
+    manifest, state = Listed(), State()
+    with pytest.raises(OSError, match="disk"):
+        rounds.make_shards(
+            state,  # type: ignore[arg-type]
+            tmp_path,
+            manifest,
+            np.arange(8),
+            1,
+            lambda number, rows: others[number],
+            description="",
+            progress=False,
+        )
+    assert manifest.shards == others[:2] and manifest.written == [2]
+
+
+def test_a_model_that_generates_is_whole_under_zero3(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import deepspeed
+
+    class Zero3:
+        def is_zero3(self) -> bool:
+            return True
+
+    options, seen = Zero3(), []
+    load = AutoModelForCausalLM.from_pretrained
+
+    def spied(*arguments: object, **kwargs: object) -> object:
+        seen.append(deepspeed.is_deepspeed_zero3_enabled())
+        return load(*arguments, **kwargs)
+
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: options)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spied)
+    monkeypatch.setattr(deepspeed, "set_hf_deepspeed_config", lambda config: seen.append(config))
+    monkeypatch.setattr(
+        deepspeed, "unset_hf_deepspeed_config", lambda: setattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    )
+    rounds.load_model(source, "float32", PartialState(), {})
+    assert seen == [False, options]

@@ -64,6 +64,18 @@ def test_trimmed_without_supervised_tokens() -> None:
     assert [trimmed(batch)[side + "input_ids"].shape for side in SIDES] == [(1, 2)] * 2
 
 
+def test_entries_of_other_collators() -> None:
+    """One whose name begins like those of a source, without a source."""
+    rows = [random_row(random.Random(seed), 3) for seed in range(3)]
+    names = ("input_ids", "labels", "attention_mask")
+    batch = {name: value for name, value in padded(rows, (60, 60)).items() if name in names}
+    batch |= {"source_of_row": torch.arange(3), "source_weights": batch["input_ids"].float()}
+    for part in (trimmed(batch), *split_batch(batch, 1)):
+        assert torch.equal(part["source_weights"], part["input_ids"].float())
+        assert len(part["source_of_row"]) == len(part["labels"])
+    assert [int(part["source_of_row"]) for part in split_batch(batch, 1)] == [0, 1, 2]
+
+
 def with_entries(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """With entries as a cache has them: one for each supervised position of the source, here its token and row."""
     rows, tokens = [], []

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from cbd_hf import StepwiseDistillationConfig
 from cbd_hf._trl import DataCollatorForLanguageModeling
 from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
-from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
+from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer, _source_config
+from cbd_hf.tokenization.collator import BridgeDataCollator
 
 from ..helpers import make_config as stepwise_config
 from .helpers import (
@@ -95,18 +96,145 @@ def test_nothing_shared(tmp_path: Path) -> None:
 
 
 def test_models_of_other_tokenizers(tmp_path: Path) -> None:
-    few = {"vocab_size": rows_of(source_tokenizer(), -1)}
-    with pytest.raises(ValueError, match="The source has vocab_size .* but its tokenizer has tokens up to"):
-        make_trainer(tmp_path, source=source_model(**few))
-    few = {"vocab_size": rows_of(student_tokenizer(), -1)}
-    with pytest.raises(ValueError, match="The student has vocab_size .* but its tokenizer has tokens up to"):
-        make_trainer(tmp_path, student=student_model(**few))
+    """Embeddings that end before BOS of the source, or EOS of the student."""
+    for role, tokenizer in (("source", source_tokenizer()), ("student", student_tokenizer())):
+        last = tokenizer.bos_token_id if role == "source" else tokenizer.eos_token_id
+        few = {"source": source_model, "student": student_model}[role](vocab_size=last)
+        with pytest.raises(ValueError, match=f"The {role} has vocab_size {last}, but its tokenizer has tokens up to"):
+            make_trainer(tmp_path, **{role: few})  # type: ignore[arg-type]
     exact = make_trainer(
         tmp_path,
         student=student_model(vocab_size=rows_of(student_tokenizer(), 0)),
         source=source_model(vocab_size=rows_of(source_tokenizer(), 0)),
     )
     exact.train()
+
+
+def test_tokens_that_only_the_tokenizer_has(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As Gemma 3's text models, which lack the token for an image: texts without it train."""
+    tokenizer = source_tokenizer()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    options: dict[str, Any] = {"source": source_model(vocab_size=rows), "teacher_processing_class": tokenizer}
+    trainer = make_trainer(tmp_path, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["divergence"] > 0
+    assert f"The source has {rows} tokens and none of 1 that its tokenizer was given besides: <image>" in caplog.text
+    pictures = [{"text": "A cat."}, {"text": "A cat. <image> And so on."}]
+    for dataset in (Dataset.from_list(pictures), Dataset.from_list(pictures).to_iterable_dataset()):
+        with pytest.raises(ValueError, match=rf"Row 1 has the token '<image>' \({rows}\), but the source has {rows}"):
+            make_trainer(tmp_path, dataset, **options)
+
+
+def long_texts() -> Dataset:
+    return Dataset.from_list([{"text": " ".join(row["text"] for row in make_dataset("text", rows=20))}] * 4)
+
+
+def test_rows_longer_than_a_models_positions(tmp_path: Path) -> None:
+    """By default both sides are cut where a model ends; what is asked for beyond is refused."""
+    few = {"student": student_model(max_position_embeddings=40), "source": source_model(n_positions=32)}
+    trainer = make_trainer(tmp_path, long_texts(), source=few["source"])
+    assert (trainer._bridge_collator.max_length, trainer._bridge_collator.source_max_length) == (256, 32)
+    assert all(20 < len(row["source_input_ids"]) <= 32 for row in trainer.train_dataset)
+    trainer.train()
+    trainer = make_trainer(tmp_path, long_texts(), student=few["student"], max_length=None)
+    assert (trainer._bridge_collator.max_length, trainer._bridge_collator.source_max_length) == (40, 80)
+    trainer.train()
+    for options, message in (
+        ({"max_length": 41}, "max_length=41 is more than the 40 positions of the student"),
+        ({"max_length": 16, "source_max_length": 33}, "source_max_length=33 is more than the 32 positions of the sou"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, long_texts(), **few, **options)  # type: ignore[arg-type]
+    prepared = Dataset.from_dict(
+        BridgeDataCollator(student_tokenizer(), source_tokenizer()).encode(list(long_texts()))
+    )
+    for rows in (prepared, prepared.to_iterable_dataset()):
+        with pytest.raises(ValueError, match="Row 0 has .* tokens of the source, which has 32 positions"):
+            make_trainer(tmp_path, rows, source=few["source"])
+
+
+def test_a_cache_is_cut_as_its_source(tmp_path: Path) -> None:
+    """Without the source's weights too, if its config lies beside its tokenizer."""
+    source_tokenizer().save_pretrained(tmp_path)
+    source_model(n_positions=32).config.save_pretrained(tmp_path)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for cache, source in (("somewhere", None), ("somewhere", str(tmp_path)), (None, str(tmp_path))):
+        config = _source_config(source, tokenizer, make_config(tmp_path, teacher_cache=cache))
+        assert config is not None and config.n_positions == 32
+    args = make_config(tmp_path, teacher_cache="somewhere")
+    assert _source_config(None, source_tokenizer(), args) is _source_config("org/none", tokenizer, args) is None
+
+
+def test_rows_of_which_nothing_is_left(tmp_path: Path) -> None:
+    """Also of a stream, and of rows that are prepared already."""
+    prompts = Dataset.from_list([{**row, "prompt": "The cat sat on the mat. " * 9} for row in make_dataset()])
+    short = BridgeDataCollator(student_tokenizer(), source_tokenizer(), max_length=8)
+    prepared = Dataset.from_dict(short.encode(list(prompts)))
+    stream = "12 of 12 rows at the start of the train stream have no supervised token"
+    for dataset, message in (
+        (prompts.to_iterable_dataset(), stream),
+        (prepared, "12 of 12 rows have no supervised token"),
+        (prepared.to_iterable_dataset(), stream),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, dataset, max_length=8)
+    with pytest.raises(ValueError, match="Row 5: 'completion' is None"):
+        rows = [{"prompt": "A cat", "completion": None if index == 5 else " sat."} for index in range(8)]
+        make_trainer(tmp_path, Dataset.from_list(rows))
+
+
+def test_a_chat_template_of_a_file(tmp_path: Path) -> None:
+    tokenizer = student_tokenizer()
+    template = tokenizer.chat_template
+    tokenizer.chat_template = None
+    (tmp_path / "own.jinja").write_text(template, encoding="utf-8")
+    trainer = make_trainer(
+        tmp_path,
+        make_dataset("messages"),
+        processing_class=tokenizer,
+        chat_template_path=str(tmp_path / "own.jinja"),
+    )
+    plain = make_trainer(tmp_path, make_dataset("messages"))
+    assert trainer.train_dataset[:] == plain.train_dataset[:]
+    assert trainer.processing_class.chat_template == template
+    assert trainer.vocabulary_map.student_ids.tolist() == plain.vocabulary_map.student_ids.tolist()
+    for path in (tmp_path, tmp_path / "none.jinja"):
+        with pytest.raises(ValueError, match="chat_template_path=.* must be a .jinja or .j2 file"):
+            make_trainer(tmp_path, make_dataset("messages"), chat_template_path=str(path))
+
+
+def test_another_end_of_texts(tmp_path: Path) -> None:
+    """In the rows, the map and the saved configs."""
+    trainer = make_trainer(tmp_path, eos_token="<s>")
+    end = student_tokenizer().convert_tokens_to_ids("<s>")
+    assert end != student_tokenizer().eos_token_id
+    assert all(row["input_ids"][-1] == row["labels"][-1] == end for row in trainer.train_dataset)
+    shared = dict(zip(trainer.vocabulary_map.student_ids, trainer.vocabulary_map.source_ids, strict=True))
+    assert shared[end] == source_tokenizer().eos_token_id
+    assert trainer.model.config.eos_token_id == trainer.processing_class.eos_token_id == end
+    with pytest.raises(ValueError, match="eos_token='none' is no token of the student's tokenizer"):
+        make_trainer(tmp_path, eos_token="none")
+
+
+def test_a_collator_that_is_given(tmp_path: Path) -> None:
+    """Brings its tokenizers and its options; others are refused."""
+    collator = BridgeDataCollator(student_tokenizer(), source_tokenizer(), max_length=14)
+    trainer = make_trainer(tmp_path, data_collator=collator, processing_class=None, teacher_processing_class=None)
+    assert trainer.processing_class is collator.tokenizer
+    assert 9 < max(len(row["input_ids"]) for row in trainer.train_dataset) <= 14
+    trainer.train()
+    make_trainer(tmp_path, data_collator=collator)  # of the same tokens
+    other = student_tokenizer()
+    other.add_tokens(["another"])
+    for options, message in (
+        ({"processing_class": other}, "processing_class .* has other tokens than that tokenizer of the data_collator"),
+        ({"teacher_processing_class": student_tokenizer()}, "teacher_processing_class .* has other tokens"),
+        ({"eos_token": "<s>"}, "eos_token='<s>' comes too late for a data_collator that is given"),
+        ({"chat_template_path": "own.jinja"}, "chat_template_path='own.jinja' comes too late"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, data_collator=collator, **options)  # type: ignore[arg-type]
 
 
 def test_rows(tmp_path: Path) -> None:

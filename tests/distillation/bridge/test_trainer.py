@@ -11,11 +11,21 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from cbd_hf.tokenization.collator import BridgeDataCollator
 from cbd_hf.tokenization.rows import COLUMNS
 
 from ...models import logits
 from ..helpers import assert_same_gradients
-from .helpers import make_dataset, make_trainer, plain_step, source_model, student_model, train
+from .helpers import (
+    make_dataset,
+    make_trainer,
+    plain_step,
+    source_model,
+    source_tokenizer,
+    student_model,
+    student_tokenizer,
+    train,
+)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -137,6 +147,18 @@ def test_evaluation(tmp_path: Path) -> None:
     assert logged["align_ratio"] == plain[2].state.log_history[0]["align_ratio"]
 
 
+def test_evaluation_after_a_prediction(tmp_path: Path) -> None:
+    """Which logs nothing, and counts nothing in what is logged next."""
+    trainer = make_trainer(tmp_path, eval_dataset={"a": make_dataset(seed=1), "b": make_dataset("text", seed=2)})
+    shares = ("eval_align_ratio", "eval_span_ratio", "eval_loss")
+    first = trainer.evaluate(trainer.eval_dataset["a"])
+    trainer.predict(trainer.eval_dataset["b"])
+    second = trainer.evaluate(trainer.eval_dataset["a"])
+    other = trainer.evaluate(trainer.eval_dataset["b"])
+    assert [second[name] for name in shares] == [first[name] for name in shares]
+    assert other["eval_align_ratio"] != first["eval_align_ratio"]
+
+
 def test_prepared_rows_are_taken_as_they_are(tmp_path: Path) -> None:
     losses, gradients, trainer = train(tmp_path, dataset=make_dataset("messages"))
     rows = Dataset.from_list(rows_by_id(trainer))
@@ -151,9 +173,14 @@ def test_workers(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-3}
     losses, _, _ = train(tmp_path, **options)
     assert train(tmp_path, dataloader_num_workers=2, **options)[0] == losses
-    stream = make_dataset().to_iterable_dataset(num_shards=2)
-    others, _, _ = train(tmp_path, dataset=stream, dataloader_num_workers=2, **options)
-    assert len(others) == 3 and all(0 < value < 2 * losses[0] for value in others)
+    collator = BridgeDataCollator(student_tokenizer(), source_tokenizer())
+    prepared = Dataset.from_dict(collator.encode(list(make_dataset("messages"))))
+    raw, ready = (
+        train(tmp_path, dataset=rows.to_iterable_dataset(num_shards=2), dataloader_num_workers=2, **options)
+        for rows in (make_dataset("messages"), prepared)
+    )
+    assert raw[0] == ready[0] and len(raw[0]) == 3
+    assert_same_gradients(ready[1][0], raw[1][0], 1e-9)
 
 
 @pytest.mark.parametrize("tied", [True, False])
