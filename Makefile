@@ -1,9 +1,11 @@
 # make quickstart | test | quality | style | venv | clean
-# Options: PYTHON=python3.12 (3.11 or newer), VENV=.venv, ARGS="-k chain" (for pytest or the quickstart).
+# Options: PYTHON=python3.12 (3.11 or newer), VENV=.venv, ARGS="-k chain" (for pytest or the quickstart), WORKERS=2 (that
+# run tests at once; 0: one process, in which a debugger works).
 
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -46,7 +48,7 @@ versions: $(INSTALLED)
 	@$(BIN)/python -c 'import platform, importlib.metadata as m; print("Python", platform.python_version(), *(f"{n} {m.version(n)}" for n in ("cbd_hf", "torch", "transformers", "trl", "peft", "datasets", "accelerate", "deepspeed")), sep=" | ")'
 
 test: $(MATERIAL_INSTALLED) versions
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
 quickstart: $(MATERIAL_INSTALLED) versions
 	$(BIN)/python -m cbd_hf quickstart --config recipes/configs/quickstart.yaml $(ARGS)

@@ -6,8 +6,9 @@ What a source of another tokenizer is worth to a small student: the numbers of d
 
 Two pairs of a source and a student: smollm2-gpt2, SmolLM2-135M and a student with GPT-2's vocabulary transplanted by
 means; gemma-smollm2, Gemma-3-270M and a student with SmolLM2's vocabulary. The student is a few of SmolLM2's 30
-layers, after --warm_up_steps of cross-entropy on rows that nothing else uses, 0 by default. Each arm trains this same
-start on the same rows of Dolly in the same order, with the same batches and AdamW:
+layers, after --warm_up_steps of cross-entropy on rows that nothing else uses, 0 by default. The source is as it
+was published, or, as in the paper, after --source_steps of cross-entropy on the training rows. Each arm trains the
+same start on the same rows of Dolly in the same order, with the same batches and AdamW:
 
     cross_entropy     no source
     sequence          cross-entropy on answers to the same prompts that the source has sampled
@@ -64,6 +65,8 @@ SETTINGS = [
     "prompts",
     "rate_steps",
     "rate_warm_up",
+    "source_rate",
+    "source_steps",
     "steps",
     "test_rows",
     "train_rows",
@@ -163,6 +166,8 @@ def reference(pair: Pair, rows: Rows) -> dict[str, Any]:
     result["rouge_start"] = rouge_l(model, pair.tokenizer, answered, args)
     result["bits_source"] = bits_per_byte(pair.source_model, test, rows.test, pair.source_tokenizer, "source_")
     result["rouge_source"] = rouge_l(pair.source_model, pair.source_tokenizer, answered, args)
+    if args.source_steps:
+        result["source_trained_in"] = float((pair.directory / "source_seconds").read_text())
     return result
 
 
@@ -331,6 +336,8 @@ def main() -> None:
     parser.add_argument("--timing_steps", type=int, default=4)
     parser.add_argument("--warm_up_steps", type=int, default=0, help="of the training before all arms; 0: none")
     parser.add_argument("--warm_up_rate", type=float, default=1e-3)
+    parser.add_argument("--source_steps", type=int, default=0, help="of the source on the training rows, before all")
+    parser.add_argument("--source_rate", type=float, default=3e-5)
     parser.add_argument("--rate_warm_up", type=int, default=4, help="steps in which the learning rate rises")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_tokens", type=int, default=80, help="of prompt and answer, as SmolLM2 counts")

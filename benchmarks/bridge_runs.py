@@ -118,7 +118,7 @@ class Pair:
         self.directory.mkdir(parents=True, exist_ok=True)
         small = resolve_checkpoint(SMOLLM2)
         source, student = (small, args.gpt2_tokenizer) if name == "smollm2-gpt2" else (args.gemma, small)
-        self.source = str(resolve_checkpoint(source))
+        self.published = str(resolve_checkpoint(source))
         self.tokenizer, self.source_tokenizer = (AutoTokenizer.from_pretrained(where) for where in (student, source))
         for tokenizer in (self.tokenizer, self.source_tokenizer):
             tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -127,6 +127,23 @@ class Pair:
     def prepared(self, rows: Dataset) -> Dataset:
         """Rows as the bridge's trainer takes them."""
         return Dataset.from_dict(self.collator.encode(rows.to_dict()))
+
+    @cached_property
+    def source(self) -> str:
+        """Where the source lies: as it was published, or after `--source_steps` on the training rows."""
+        if not self.args.source_steps:
+            return self.published
+        directory, began = self.directory / "source", clock(self.args)
+        if not directory.is_dir():
+            model = AutoModelForCausalLM.from_pretrained(self.published, dtype=torch.float32)
+            options = training_options(self.args, 0, self.args.source_steps, self.args.source_rate)
+            options["lr_scheduler_type"] = "linear"
+            set_seed(0)
+            supervised_trainer(model, source_rows(self.train), self.source_tokenizer, options).train()
+            model.save_pretrained(directory)
+            self.source_tokenizer.save_pretrained(directory)
+            _noted(self.directory / "source_seconds", clock(self.args) - began)
+        return str(directory)
 
     @cached_property
     def source_model(self) -> Any:

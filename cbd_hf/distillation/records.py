@@ -1,17 +1,17 @@
-"""What manifests of generated files have in common: checked records, and files that are whole."""
+"""What manifests of generated files have in common: their JSON, checked records, and files that are whole."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cbd_hf._files import is_safe_relative, sha256_of
+from cbd_hf._files import atomic_write_text, canonical_digest, is_safe_relative, sha256_of
 
-
-if TYPE_CHECKING:
-    from cbd_hf.distillation.cache.manifest import ShardRecord
 
 VERIFY = ("none", "size", "full")
 _ALLOWED: dict[str, Any] = {
@@ -23,6 +23,73 @@ _ALLOWED: dict[str, Any] = {
     "int | None": (int, type(None)),
     "dict[str, Any] | None": (dict, type(None)),
 }
+
+
+@dataclass(frozen=True)
+class TeacherRecord:
+    """
+    Args:
+        name (`str`): as it was given.
+        sha256 (`str`): digest of the sha256 of its weight files.
+        dtype (`str`): of its weights while it ran.
+        vocab_size (`int`): rows of its head.
+        hidden_size (`int`): width of its hidden states.
+    """
+
+    name: str
+    sha256: str
+    dtype: str
+    vocab_size: int
+    hidden_size: int
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """
+    Args:
+        file (`str`): name in the directory of the manifest.
+        rows, tokens, bytes (`int`): rows of the dataset, supervised positions (or tokens of answers), size.
+        sha256 (`str`): of the file.
+    """
+
+    file: str
+    rows: int
+    tokens: int
+    bytes: int
+    sha256: str
+
+
+def write_manifest(path: Path, manifest: Any, schema_version: int) -> None:
+    """Write a dataclass as JSON, with the version of its fields, in one step."""
+    content = {"schema_version": schema_version, **dataclasses.asdict(manifest)}
+    atomic_write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+
+def read_manifest(path: Path, schema_version: int, missing: str, remedy: str) -> dict[str, Any]:
+    """
+    The fields of a manifest, without its version.
+
+    Args:
+        path (`Path`): of the file.
+        schema_version (`int`): what this package reads.
+        missing (`str`): message if there is no such file.
+        remedy (`str`): a message's last sentence.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or of another version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(missing)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). {remedy}") from error
+    found = content.pop("schema_version", None) if isinstance(content, dict) else None
+    if found != schema_version:
+        hint = "Upgrade cbd_hf." if isinstance(found, int) and found > schema_version else remedy
+        raise ValueError(f"{path} has schema_version {found}, but this cbd_hf reads {schema_version}. {hint}")
+    return content
 
 
 def read_record(kind: Any, content: Any, where: str, remedy: str) -> Any:
@@ -104,4 +171,33 @@ def check_files(directory: Path, shards: Sequence[ShardRecord], verify: str, rem
         raise ValueError(f"Shard {path} {problem}. {remedy}")
 
 
-__all__ = ["VERIFY", "check_files", "check_names", "read_record"]
+def weights_digest(directory: str | os.PathLike[str]) -> str:
+    """
+    Digest of a checkpoint's weight files: of the sha256 of each, by name.
+
+    Raises:
+        ValueError: the directory has no .safetensors files.
+    """
+    files = sorted(Path(directory).glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{directory} has no .safetensors files, by which a teacher is recognised. Convert it first.")
+    return canonical_digest({path.name: sha256_of(path) for path in files})
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's vocabulary, as in a chain's manifest."""
+    return canonical_digest(tokenizer.get_vocab())
+
+
+__all__ = [
+    "VERIFY",
+    "ShardRecord",
+    "TeacherRecord",
+    "check_files",
+    "check_names",
+    "read_manifest",
+    "read_record",
+    "tokenizer_digest",
+    "weights_digest",
+    "write_manifest",
+]

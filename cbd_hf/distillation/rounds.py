@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from cbd_hf._loading import plain_loading
 from cbd_hf.data.sources import resolve_checkpoint
-from cbd_hf.distillation.cache.manifest import ShardRecord
+from cbd_hf.distillation.records import ShardRecord
 
 
 T = TypeVar("T")

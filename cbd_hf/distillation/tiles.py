@@ -8,7 +8,7 @@ head and three with the student's, where TRL's `ChunkedDivergenceFunction` takes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions,
 _TILE_VALUES = {"cpu": 2**23}
 _TILE_VALUES_ELSEWHERE = 2**25
 _LEAST_LOG = -23.0  # 1e-10; a smaller tail has no say
+
+Needs = tuple[bool, bool, bool]
+Outcome = tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]
+Work = Callable[[Head, torch.Tensor, Needs, bool], Outcome]
 
 
 def tiled_loss(
@@ -44,11 +48,32 @@ def tiled_loss(
         `tuple[torch.Tensor, torch.Tensor]`: the sum, and the divergence's part of it without weight (without
         gradient), float32 scalars. Gradients reach `hidden` and the head's weight and bias.
     """
-    grad = torch.is_grad_enabled()
-    return _TiledLoss.apply(hidden, head.weight, head.bias, head, predictions, labels, objective, grad)
+
+    def work(head: Head, hidden: torch.Tensor, needs: Needs, low: bool) -> Outcome:
+        return _loss_and_gradients(head, hidden, predictions, labels, objective, needs, low)
+
+    return with_gradients(hidden, head, work)
 
 
-class _TiledLoss(torch.autograd.Function):
+def with_gradients(hidden: torch.Tensor, head: Head, work: Work) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    A loss whose gradient is computed with its value.
+
+    Args:
+        hidden (`torch.Tensor`): the student's, any float dtype, shape (positions, student hidden).
+        head ([`Head`]): the student's.
+        work (`Work`): called once, outside autocast, with the head, the hidden states (both without gradient), which
+            of hidden states, weight and bias need a gradient, and whether products are in bfloat16; returns the loss,
+            what else is of interest, and these gradients (float32, `None` where none is needed).
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the loss, which can be differentiated once; and the other, without
+        gradient.
+    """
+    return _WithGradients.apply(hidden, head.weight, head.bias, head, work, torch.is_grad_enabled())
+
+
+class _WithGradients(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -56,39 +81,27 @@ class _TiledLoss(torch.autograd.Function):
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
         head: Head,
-        predictions: Predictions,
-        labels: torch.Tensor,
-        objective: Objective,
+        work: Work,
         grad: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
         low = multiplies_in_bfloat16(hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            total, divergence, ctx.gradients = _loss_and_gradients(
-                Head(weight, bias, head.scale, head.softcap), hidden, predictions, labels, objective, needs, low
-            )
+            detached = Head(weight, bias, head.scale, head.softcap)
+            total, other, ctx.gradients = work(detached, hidden.detach(), needs, low)
         ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(divergence)
-        return total, divergence
+        ctx.mark_non_differentiable(other)
+        return total, other
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return *take_gradients(ctx, scale), None, None, None, None, None
-
-
-def take_gradients(ctx: Any, scale: torch.Tensor) -> list[torch.Tensor | None]:
-    """
-    The gradients that a forward left in `ctx.gradients` (float32), scaled, in their tensors' `ctx.dtypes`.
-
-    Raises:
-        RuntimeError: they have been taken already.
-    """
-    gradients, ctx.gradients = ctx.gradients, None
-    if gradients is None:
-        raise RuntimeError("This loss has been differentiated already; it can be only once.")
-    # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
-    return [g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("This loss has been differentiated already; it can be only once.")
+        # Converted when scaled: float16 would lose small gradients before a loss scaler's factor.
+        scaled = [g if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return *scaled, None, None, None
 
 
 class Projection:
@@ -146,6 +159,37 @@ class Projection:
         return left.float() @ right.float()
 
 
+class Gradients:
+    """
+    Gradients of hidden states and a head, added up tile by tile.
+
+    Args:
+        hidden (`torch.Tensor`): shape (positions, hidden), without gradient.
+        head ([`Head`]): the head.
+        needs (`Needs`): which of hidden states, weight and bias need one.
+
+    Attributes:
+        found (`list[torch.Tensor]`): float32, in this order; `None` where none is needed.
+    """
+
+    def __init__(self, hidden: torch.Tensor, head: Head, needs: Needs) -> None:
+        self.hidden = hidden
+        self.found: list[torch.Tensor | None] = [
+            torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
+            for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
+        ]
+
+    def add(self, own: Projection, rows: slice, gradient: torch.Tensor) -> None:
+        """Those of a tile, from the gradient of its raw logits, float32, shape (positions of the tile, vocab)."""
+        for_hidden, for_weight, for_bias = self.found
+        if for_hidden is not None:
+            for_hidden[rows, : None if own.weight is not None else own.vocab] = own.to_hidden(gradient)
+        if for_weight is not None:
+            own.add_to_weight(for_weight, gradient, self.hidden[rows])
+        if for_bias is not None:
+            for_bias[: own.vocab] += gradient.sum(0)
+
+
 def head_rows(head: Head, hidden: torch.Tensor) -> int:
     """Entries of a head's vocabulary."""
     return hidden.shape[-1] if head.weight is None else head.weight.shape[0]
@@ -189,9 +233,9 @@ def _loss_and_gradients(
     predictions: Predictions,
     labels: torch.Tensor,
     objective: Objective,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     low: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+) -> Outcome:
     if isinstance(predictions, DensePredictions):
         with predictions.open_head() as teacher:
             return _over_tiles(head, hidden, predictions, teacher, labels, objective, needs, low)
@@ -205,20 +249,16 @@ def _over_tiles(
     teacher: Head | None,
     labels: torch.Tensor,
     objective: Objective,
-    needs: tuple[bool, bool, bool],
+    needs: Needs,
     low: bool,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
-    hidden = hidden.detach()
+) -> Outcome:
     vocab = _vocab(head_rows(head, hidden), predictions, teacher)
     own = Projection(head, vocab, low)
     theirs = None
     if teacher is not None and objective.cross_entropy_weight < 1:
         assert isinstance(predictions, DensePredictions)
         theirs = Projection(teacher, vocab, low or multiplies_in_bfloat16(predictions.hidden))
-    gradients = [
-        torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
-        for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
-    ]
+    gradients = Gradients(hidden, head, needs)
     total = hidden.new_zeros((), dtype=torch.float32)
     divergence = total.clone()
     for rows in tile_slices(hidden.shape[0], vocab, hidden.device):
@@ -241,14 +281,8 @@ def _over_tiles(
         if gradient is None:
             continue
         del raw, logits
-        for_hidden, for_weight, for_bias = gradients
-        if for_hidden is not None:
-            for_hidden[rows, : None if own.weight is not None else vocab] = own.to_hidden(gradient)
-        if for_weight is not None:
-            own.add_to_weight(for_weight, gradient, hidden[rows])
-        if for_bias is not None:
-            for_bias[:vocab] += gradient.sum(0)
-    return total, divergence, gradients
+        gradients.add(own, rows, gradient)
+    return total, divergence, gradients.found
 
 
 def _dense_tile(
@@ -342,11 +376,15 @@ def _sparse_tile(
 
 
 __all__ = [
+    "Gradients",
+    "Needs",
+    "Outcome",
     "Projection",
+    "Work",
     "head_rows",
     "multiplies_in_bfloat16",
-    "take_gradients",
     "tile_slices",
     "tile_values",
     "tiled_loss",
+    "with_gradients",
 ]

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from cbd_hf.data.columns import EXAMPLE_ID, IGNORED, dataset_kind
+from cbd_hf.data.columns import EXAMPLE_ID, IGNORED, SOURCE_PROMPTS, dataset_kind
 from cbd_hf.tokenization.alignment import NO_SPAN
 from cbd_hf.tokenization.chat import ChatReader, Message
 from cbd_hf.tokenization.encoding import ByteEncoder, Encoded
@@ -18,7 +18,6 @@ from cbd_hf.tokenization.limits import DEFAULT_MAX_LENGTH, Limits
 from cbd_hf.tokenization.rows import COLUMNS, Reading, SpecialIds, joined, plain_reading, tokens_of
 
 
-SOURCE_PROMPTS = ("same", "chat")
 _SIDES = (("", "student"), ("source_", "source"))
 _NOT_READ = ("tools", "chat_template_kwargs")  # columns that trl hands to chat templates
 _SHOWN = 80  # characters of a value in an error message
@@ -318,4 +317,4 @@ def end_of_turn_pair(collator: BridgeDataCollator, conversational: bool | None =
     return ends[0], ends[1]
 
 
-__all__ = ["SOURCE_PROMPTS", "BridgeDataCollator", "end_of_turn_pair", "special_ids"]
+__all__ = ["BridgeDataCollator", "end_of_turn_pair", "special_ids"]

@@ -33,8 +33,8 @@ from cbd_hf.distillation.answers.prompts import (
     read_prompts,
     sample_keys,
 )
-from cbd_hf.distillation.cache.manifest import ShardRecord, TeacherRecord, tokenizer_digest, weights_digest
 from cbd_hf.distillation.cache.writer import remove_leftovers
+from cbd_hf.distillation.records import ShardRecord, TeacherRecord, tokenizer_digest, weights_digest
 from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
 
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cbd_hf._files import atomic_write_text, canonical_digest
-from cbd_hf.distillation.cache.manifest import ShardRecord, TeacherRecord
-from cbd_hf.distillation.records import check_files, check_names, read_record
+from cbd_hf.data.columns import SOURCE_PROMPTS
+from cbd_hf.distillation.records import (
+    ShardRecord,
+    TeacherRecord,
+    check_files,
+    check_names,
+    read_manifest,
+    read_record,
+    write_manifest,
+)
 
 
 MANIFEST = "answers.json"
@@ -19,8 +26,7 @@ CARD = "README.md"
 SHARD = "answers-{:05d}.jsonl"
 SCHEMA_VERSION = 1
 ENGINES = ("transformers", "vllm")
-SOURCE_PROMPTS = ("same", "chat")
-_REMEDY = "Generate the answers again."
+_REMEDY = "Copy the directory again, or generate the answers anew."
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class AnswersManifest:
 
     Args:
         settings ([`AnswersSettings`]): how the answers are drawn.
-        source ([`~cbd_hf.distillation.cache.manifest.TeacherRecord`]): who answers.
+        source ([`~cbd_hf.distillation.records.TeacherRecord`]): who answers.
         tokenizer_digest (`str`): of the source's vocabulary.
         chat_template_digest (`str` or `None`): of the source's chat template, if prompts are read through it.
         end_token_ids (`list[int]`): tokens that end an answer.
@@ -168,8 +174,7 @@ class AnswersManifest:
 
     def write(self, directory: Path) -> None:
         """Write answers.json in one step."""
-        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        atomic_write_text(directory / MANIFEST, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_manifest(directory / MANIFEST, self, SCHEMA_VERSION)
 
     def write_card(self, directory: Path, prompt: Any) -> None:
         """
@@ -215,18 +220,8 @@ class AnswersManifest:
             ValueError: it is of another version, lacks a field, or names files outside the directory.
         """
         path = directory / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} holds no answers: it has no {MANIFEST}. Give the output_dir of `cbd bridge generate`."
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}). {_REMEDY}") from error
-        found = content.pop("schema_version", None) if isinstance(content, dict) else None
-        if found != SCHEMA_VERSION:
-            hint = "Upgrade cbd_hf." if isinstance(found, int) and found > SCHEMA_VERSION else _REMEDY
-            raise ValueError(f"{path} has schema_version {found}, but this cbd_hf reads {SCHEMA_VERSION}. {hint}")
+        missing = f"{directory} holds no answers: it has no {MANIFEST}. Give the output_dir of `cbd bridge generate`."
+        content = read_manifest(path, SCHEMA_VERSION, missing, _REMEDY)
         names = {part.name for part in dataclasses.fields(cls)}
         if names != content.keys():
             wrong = sorted(names ^ content.keys())
@@ -242,7 +237,7 @@ class AnswersManifest:
 
     def check_shards(self, directory: Path, verify: str = "size") -> None:
         """Check that every shard is there and whole; see [`~cbd_hf.distillation.records.check_files`]."""
-        check_files(directory, self.shards, verify, "Copy the directory again, or generate the answers anew.")
+        check_files(directory, self.shards, verify, _REMEDY)
 
 
 _CARD = """---
@@ -270,7 +265,6 @@ __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
     "SHARD",
-    "SOURCE_PROMPTS",
     "AnswersManifest",
     "AnswersSettings",
     "PromptsRecord",

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from cbd_hf.data.columns import SOURCE_PROMPTS
 from cbd_hf.distillation.bridge.objectives import METHODS, SpanObjective
 from cbd_hf.distillation.config import StepwiseDistillationConfig
-from cbd_hf.tokenization.collator import SOURCE_PROMPTS
 
 
 SEQUENCE = "sequence"
@@ -117,4 +117,4 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
         return SpanObjective(self.method, self.make_objective(), self.alm_temperature, self.uld_tokens)
 
 
-__all__ = ["SEQUENCE", "SOURCE_PROMPTS", "BridgeDistillationConfig"]
+__all__ = ["SEQUENCE", "BridgeDistillationConfig"]

@@ -16,10 +16,10 @@ from cbd_hf.distillation.answers.manifest import MANIFEST, AnswersManifest
 from cbd_hf.distillation.answers.prompts import check_chat_template, check_positions, encode_prompts, read_prompts
 from cbd_hf.distillation.bridge.config import SEQUENCE
 from cbd_hf.distillation.bridge.recipe import answer_filters, answers_settings, bridge_method, bridge_training
+from cbd_hf.distillation.bridge.source_cache import collator_of
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
-from cbd_hf.tokenization.collator import BridgeDataCollator
-from cbd_hf.tokenization.limits import Limits, bridge_lengths
+from cbd_hf.tokenization.limits import Limits
 from cbd_hf.tokenization.vocabulary import VocabularyMap
 
 
@@ -101,16 +101,7 @@ def _check_tokens(
     if config.teacher_cache:
         TeacherCache.from_pretrained(config.teacher_cache).check(tokenizer=source_tokenizer)
     VocabularyMap.from_tokenizers(tokenizer, source_tokenizer)
-    max_length, source_max_length = bridge_lengths(config.max_length, config.source_max_length, *limits)
-    collator = BridgeDataCollator(
-        tokenizer,
-        source_tokenizer,
-        max_length=max_length,
-        source_max_length=source_max_length,
-        source_prompt=config.source_prompt,  # type: ignore[arg-type]
-        completion_only_loss=config.completion_only_loss,
-        text_field=config.dataset_text_field,
-    ).within(*limits)
+    collator = collator_of(config, tokenizer, source_tokenizer, limits)
     if not config.chat_template_path:  # else the trainer gives the student its template
         collator.encode(dataset[:_ROWS])
 

@@ -12,11 +12,13 @@ import torch
 from cbd_hf.distillation.batching import SOURCE_PREFIX
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.tokenization.collator import BridgeDataCollator
+from cbd_hf.tokenization.limits import Limits, bridge_lengths
 from cbd_hf.tokenization.rows import COLUMNS, alignment_statistics, check_rows
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
 
     from cbd_hf.distillation.cache.manifest import CacheManifest
 
@@ -26,6 +28,34 @@ _COLUMNS = ("input_ids", "labels")
 _IDS = ["input_ids", SOURCE_PREFIX + "input_ids"]
 _LOOKED_AT = 64  # first rows of a stream
 _CHECKED = 1000  # prepared rows in memory at once
+
+
+def collator_of(
+    options: Any, tokenizer: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, limits: Sequence[Limits]
+) -> BridgeDataCollator:
+    """
+    The collator of a training's or a cache's options.
+
+    Args:
+        options (`Any`): with `max_length`, `source_max_length`, `source_prompt`, `completion_only_loss` and
+            `dataset_text_field`; `pad_to_multiple_of` if it has that.
+        tokenizer, source (`PreTrainedTokenizerBase`): the student's and the source's.
+        limits (`Sequence[Limits]`): of these models.
+
+    Raises:
+        ValueError: a length is more than a model's positions, or the tokenizers cannot be aligned.
+    """
+    max_length, source_max_length = bridge_lengths(options.max_length, options.source_max_length, *limits)
+    return BridgeDataCollator(
+        tokenizer,
+        source,
+        max_length=max_length,
+        source_max_length=source_max_length,
+        source_prompt=options.source_prompt,
+        completion_only_loss=options.completion_only_loss,
+        text_field=options.dataset_text_field,
+        pad_to_multiple_of=getattr(options, "pad_to_multiple_of", None),
+    ).within(*limits)
 
 
 def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | None = None, name: str = "train") -> Any:
@@ -118,4 +148,4 @@ class SourceCache:
         return self.cache.batch(rows)
 
 
-__all__ = ["SourceCache", "prepare_pairs", "source_rows"]
+__all__ = ["SourceCache", "collator_of", "prepare_pairs", "source_rows"]

@@ -9,20 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from cbd_hf.distillation.bridge.objectives import Side, SpanObjective, Vocabularies
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 from cbd_hf.distillation.tiles import (
+    Gradients,
+    Needs,
+    Outcome,
     Projection,
     head_rows,
     multiplies_in_bfloat16,
-    take_gradients,
     tile_values,
+    with_gradients,
 )
 
 
@@ -100,50 +101,23 @@ def tiled_span_loss(
         `tuple[torch.Tensor, torch.Tensor]`: the sum, and the part of it over spans without its weight (without
         gradient), float32 scalars. Gradients reach `hidden` and the head's weight and bias.
     """
-    grad = torch.is_grad_enabled()
-    return _TiledSpanLoss.apply(
-        hidden, head.weight, head.bias, head, predictions, labels, alignment, vocabularies, objective, grad
-    )
 
-
-class _TiledSpanLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        head: Head,
-        predictions: Predictions,
-        labels: torch.Tensor,
-        alignment: Alignment,
-        vocabularies: Vocabularies,
-        objective: SpanObjective,
-        grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
-        low = multiplies_in_bfloat16(hidden)
-        dense = isinstance(predictions, DensePredictions)
+    def work(head: Head, hidden: torch.Tensor, needs: Needs, low: bool) -> Outcome:
         opened = predictions.open_head() if isinstance(predictions, DensePredictions) else nullcontext(None)
-        with torch.autocast(hidden.device.type, enabled=False), opened as source:
-            own = Projection(Head(weight, bias, head.scale, head.softcap), None, low)
+        with opened as source:
             theirs = None
-            if source is not None and dense and objective.objective.cross_entropy_weight < 1:
-                theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))  # type: ignore[union-attr]
-            work = _Work(own, theirs, predictions, labels, alignment, vocabularies, objective)
-            total, part, ctx.gradients = work.run(hidden.detach(), head, needs)
-        ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(part)
-        return total, part
+            if isinstance(predictions, DensePredictions) and source is not None:
+                if objective.objective.cross_entropy_weight < 1:
+                    theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))
+            own = Projection(head, None, low)
+            tiles = _Tiles(own, theirs, predictions, labels, alignment, vocabularies, objective)
+            return tiles.run(hidden, head, needs)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return *take_gradients(ctx, scale), None, None, None, None, None, None, None
+    return with_gradients(hidden, head, work)
 
 
 @dataclass(frozen=True)
-class _Work:
+class _Tiles:
     """What every tile needs."""
 
     own: Projection
@@ -154,16 +128,10 @@ class _Work:
     vocabularies: Vocabularies
     objective: SpanObjective
 
-    def run(
-        self, hidden: torch.Tensor, head: Head, needs: tuple[bool, bool, bool]
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    def run(self, hidden: torch.Tensor, head: Head, needs: Needs) -> Outcome:
         """The sum, the spans' part of it, and gradients of hidden states, weight and bias; float32."""
         own = self.own
-        gradients = [
-            torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
-            for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
-        ]
-        for_hidden, for_weight, for_bias = gradients
+        gradients = Gradients(hidden, head, needs)
         total = hidden.new_zeros((), dtype=torch.float32)
         spans_part = total.clone()
         vocab = head_rows(head, hidden)
@@ -177,13 +145,8 @@ class _Work:
             if not any(needs):
                 continue
             (gradient,) = torch.autograd.grad(value, raw)
-            if for_hidden is not None:
-                for_hidden[here] = own.to_hidden(gradient)
-            if for_weight is not None:
-                own.add_to_weight(for_weight, gradient, hidden[here])
-            if for_bias is not None:
-                for_bias += gradient.sum(0)
-        return total, spans_part, gradients
+            gradients.add(own, here, gradient)
+        return total, spans_part, gradients.found
 
     def _tile(
         self, logits: torch.Tensor, here: slice, there: slice, spans: slice

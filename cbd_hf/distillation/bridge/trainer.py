@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from cbd_hf.distillation.batching import SOURCE_PREFIX, supervised_positions
 from cbd_hf.distillation.bridge.config import SEQUENCE, BridgeDistillationConfig
 from cbd_hf.distillation.bridge.objectives import Vocabularies
-from cbd_hf.distillation.bridge.source_cache import SourceCache, prepare_pairs
+from cbd_hf.distillation.bridge.source_cache import SourceCache, collator_of, prepare_pairs
 from cbd_hf.distillation.bridge.student import AlignedPredictions, BridgeStudentLoss
 from cbd_hf.distillation.bridge.tiles import Alignment, number_spans
 from cbd_hf.distillation.student import StudentLoss
@@ -22,7 +22,7 @@ from cbd_hf.distillation.teacher import find_tokenizer, load_config, load_tokeni
 from cbd_hf.distillation.trainer import AnyDataset, StepwiseDistillationTrainer
 from cbd_hf.tokenization.collator import BridgeDataCollator, end_of_turn_pair
 from cbd_hf.tokenization.edit_distance import nearest_student_ids
-from cbd_hf.tokenization.limits import Limits, bridge_lengths, needed_rows, warn_of_surplus_tokens
+from cbd_hf.tokenization.limits import Limits, needed_rows, warn_of_surplus_tokens
 from cbd_hf.tokenization.rows import COLUMNS
 from cbd_hf.tokenization.vocabulary import VocabularyMap
 
@@ -106,17 +106,7 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         )
         if data_collator is None:
             _apply_token_options(processing_class, args)
-            max_length, source_max_length = bridge_lengths(args.max_length, args.source_max_length, *limits)
-            data_collator = BridgeDataCollator(
-                processing_class,
-                source,
-                max_length=max_length,
-                source_max_length=source_max_length,
-                source_prompt=args.source_prompt,  # type: ignore[arg-type]
-                completion_only_loss=args.completion_only_loss,
-                text_field=args.dataset_text_field,
-                pad_to_multiple_of=args.pad_to_multiple_of,  # type: ignore[arg-type]
-            )
+            data_collator = collator_of(args, processing_class, source, limits)
         for role, known, tokenizer in zip(("student", "source"), limits, (processing_class, source), strict=True):
             if known.tokens is not None:
                 _check_tokens(role, known.tokens, tokenizer)

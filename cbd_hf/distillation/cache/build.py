@@ -24,15 +24,12 @@ from cbd_hf.distillation.cache.manifest import (
     CacheManifest,
     CacheSettings,
     DataRecord,
-    ShardRecord,
-    TeacherRecord,
-    tokenizer_digest,
-    weights_digest,
 )
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.cache.teacher_pass import TeacherPass
 from cbd_hf.distillation.cache.writer import ShardBuffer, remove_leftovers, write_shard
 from cbd_hf.distillation.preparation import prepare_rows
+from cbd_hf.distillation.records import ShardRecord, TeacherRecord, tokenizer_digest, weights_digest
 from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
 from cbd_hf.tokenization.limits import needed_rows, warn_of_surplus_tokens
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cbd_hf._files import atomic_write_text, canonical_digest, sha256_of
-from cbd_hf.distillation.records import check_files, check_names, read_record
+from cbd_hf.distillation.records import (
+    ShardRecord,
+    TeacherRecord,
+    check_files,
+    check_names,
+    read_manifest,
+    read_record,
+    write_manifest,
+)
 
 
 MANIFEST = "cache.json"
@@ -19,7 +24,7 @@ SCHEMA_VERSION = 1
 VARIANTS = ("top_k", "sampled")
 DTYPES = ("float16", "float32", "bfloat16")
 LARGEST_SAMPLE = 32767
-_REMEDY = "Make the cache again."
+_REMEDY = "Copy the cache again, or make it anew with `cbd cache`."
 
 
 @dataclass(frozen=True)
@@ -86,24 +91,6 @@ class CacheSettings:
 
 
 @dataclass(frozen=True)
-class TeacherRecord:
-    """
-    Args:
-        name (`str`): as it was given.
-        sha256 (`str`): digest of the sha256 of its weight files.
-        dtype (`str`): of its weights while it ran.
-        vocab_size (`int`): rows of its head.
-        hidden_size (`int`): width of its hidden states.
-    """
-
-    name: str
-    sha256: str
-    dtype: str
-    vocab_size: int
-    hidden_size: int
-
-
-@dataclass(frozen=True)
 class DataRecord:
     """
     Args:
@@ -119,22 +106,6 @@ class DataRecord:
     rows: int
     tokens: int
     complete: bool
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """
-    Args:
-        file (`str`): name in the cache's directory.
-        rows, tokens, bytes (`int`): rows of the dataset, supervised positions, size.
-        sha256 (`str`): of the file.
-    """
-
-    file: str
-    rows: int
-    tokens: int
-    bytes: int
-    sha256: str
 
 
 @dataclass
@@ -199,8 +170,7 @@ class CacheManifest:
 
     def write(self, directory: Path) -> None:
         """Write cache.json in one step."""
-        content = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
-        atomic_write_text(directory / MANIFEST, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_manifest(directory / MANIFEST, self, SCHEMA_VERSION)
 
     @classmethod
     def read(cls, directory: Path) -> CacheManifest:
@@ -212,18 +182,8 @@ class CacheManifest:
             ValueError: it is of another version, lacks a field, or names files outside the directory.
         """
         path = directory / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{directory} is not a teacher cache: it has no {MANIFEST}. Give the output_dir of `cbd cache`."
-            )
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not valid JSON ({error}). Make or copy the cache again.") from error
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        if found != SCHEMA_VERSION:
-            hint = "Upgrade cbd_hf." if isinstance(found, int) and found > SCHEMA_VERSION else "Make the cache again."
-            raise ValueError(f"{path} has schema_version {found}, but this cbd_hf reads {SCHEMA_VERSION}. {hint}")
+        missing = f"{directory} is not a teacher cache: it has no {MANIFEST}. Give the output_dir of `cbd cache`."
+        content = read_manifest(path, SCHEMA_VERSION, missing, _REMEDY)
         lists = {"data": DataRecord, "shards": ShardRecord}
         settings = content.get("settings")
         if isinstance(settings, dict):
@@ -255,25 +215,7 @@ class CacheManifest:
         Raises:
             ValueError: a shard is missing or broken, or `verify` is unknown.
         """
-        check_files(directory, self.shards, verify, "Copy the cache again, or make it anew with `cbd cache`.")
-
-
-def weights_digest(directory: str | os.PathLike[str]) -> str:
-    """
-    Digest of a checkpoint's weight files: of the sha256 of each, by name.
-
-    Raises:
-        ValueError: the directory has no .safetensors files.
-    """
-    files = sorted(Path(directory).glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{directory} has no .safetensors files, by which a teacher is recognised. Convert it first.")
-    return canonical_digest({path.name: sha256_of(path) for path in files})
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer's vocabulary, as in a chain's manifest."""
-    return canonical_digest(tokenizer.get_vocab())
+        check_files(directory, self.shards, verify, _REMEDY)
 
 
 __all__ = [
@@ -285,8 +227,4 @@ __all__ = [
     "CacheManifest",
     "CacheSettings",
     "DataRecord",
-    "ShardRecord",
-    "TeacherRecord",
-    "tokenizer_digest",
-    "weights_digest",
 ]

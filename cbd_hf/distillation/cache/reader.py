@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from cbd_hf.distillation.cache.keys import KeyIndex, keys_of
-from cbd_hf.distillation.cache.manifest import CacheManifest, tokenizer_digest, weights_digest
+from cbd_hf.distillation.cache.manifest import CacheManifest
 from cbd_hf.distillation.cache.writer import LOG_OF_NOTHING
+from cbd_hf.distillation.records import tokenizer_digest, weights_digest
 
 
 _OPEN_SHARDS = 256

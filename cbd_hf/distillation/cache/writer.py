@@ -24,7 +24,8 @@ import torch
 
 from cbd_hf._files import is_staging, sha256_of, sync_directory
 from cbd_hf.distillation.cache.keys import KEY_BYTES
-from cbd_hf.distillation.cache.manifest import CacheSettings, ShardRecord
+from cbd_hf.distillation.cache.manifest import CacheSettings
+from cbd_hf.distillation.records import ShardRecord
 
 
 SHARD = "shard-{:05d}.safetensors"

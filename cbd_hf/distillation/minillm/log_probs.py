@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from cbd_hf.distillation.predictions import Head
-from cbd_hf.distillation.tiles import Projection, head_rows, multiplies_in_bfloat16, take_gradients, tile_slices
+from cbd_hf.distillation.tiles import Gradients, Needs, Outcome, Projection, head_rows, tile_slices, with_gradients
 
 
 TokenLoss: TypeAlias = Callable[[torch.Tensor, slice], torch.Tensor]
-_Needs: TypeAlias = tuple[bool, bool, bool]
 
 
 def tiled_token_loss(
@@ -41,10 +39,11 @@ def tiled_token_loss(
         `tuple[torch.Tensor, torch.Tensor]`: the sum, float32, whose gradient reaches `hidden` and the head's weight
         and bias; and the log-probabilities, float32, shape (positions,), without gradient.
     """
-    needs_grad = torch.is_grad_enabled()
-    return _TiledTokenLoss.apply(
-        hidden, head.weight, head.bias, head, labels, token_loss, temperature, vocab, needs_grad
-    )
+
+    def work(head: Head, hidden: torch.Tensor, needs: Needs, low: bool) -> Outcome:
+        return _over_tiles(head, hidden, labels, token_loss, temperature, vocab, low, needs)
+
+    return with_gradients(hidden, head, work)
 
 
 @torch.no_grad()
@@ -55,43 +54,6 @@ def selected_log_probs(
     return tiled_token_loss(hidden, head, labels, lambda log_probs, rows: log_probs, temperature, vocab)[1]
 
 
-class _TiledTokenLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        head: Head,
-        labels: torch.Tensor,
-        token_loss: TokenLoss,
-        temperature: float,
-        vocab: int | None,
-        grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        needs: _Needs = ctx.needs_input_grad[:3] if grad else (False, False, False)
-        low = multiplies_in_bfloat16(hidden)
-        with torch.autocast(hidden.device.type, enabled=False):
-            total, log_probs, ctx.gradients = _over_tiles(
-                Head(weight, bias, head.scale, head.softcap),
-                hidden.detach(),
-                labels,
-                token_loss,
-                temperature,
-                vocab,
-                low,
-                needs,
-            )
-        ctx.dtypes = [None if value is None else value.dtype for value in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(log_probs)
-        return total, log_probs
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, scale: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        return *take_gradients(ctx, scale), None, None, None, None, None, None
-
-
 def _over_tiles(
     head: Head,
     hidden: torch.Tensor,
@@ -100,15 +62,11 @@ def _over_tiles(
     temperature: float,
     vocab: int | None,
     low: bool,
-    needs: _Needs,
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor | None]]:
+    needs: Needs,
+) -> Outcome:
     vocab = head_rows(head, hidden) if vocab is None else vocab
     own = Projection(head, vocab, low)
-    gradients = [
-        torch.zeros_like(value, dtype=torch.float32) if needed and value is not None else None
-        for value, needed in zip((hidden, head.weight, head.bias), needs, strict=True)
-    ]
-    for_hidden, for_weight, for_bias = gradients
+    gradients = Gradients(hidden, head, needs)
     total = hidden.new_zeros((), dtype=torch.float32)
     found = hidden.new_zeros(len(labels), dtype=torch.float32)
     for rows in tile_slices(hidden.shape[0], vocab, hidden.device):
@@ -121,13 +79,8 @@ def _over_tiles(
         if not any(needs):
             continue
         (gradient,) = torch.autograd.grad(value, raw)
-        if for_hidden is not None:
-            for_hidden[rows, : None if own.weight is not None else vocab] = own.to_hidden(gradient)
-        if for_weight is not None:
-            own.add_to_weight(for_weight, gradient, hidden[rows])
-        if for_bias is not None:
-            for_bias[:vocab] += gradient.sum(0)
-    return total, found, gradients
+        gradients.add(own, rows, gradient)
+    return total, found, gradients.found
 
 
 __all__ = ["TokenLoss", "selected_log_probs", "tiled_token_loss"]

@@ -15,7 +15,7 @@ from accelerate import PartialState
 
 from cbd_hf.distillation import rounds
 from cbd_hf.distillation.answers import AnswersManifest
-from cbd_hf.distillation.cache.manifest import ShardRecord
+from cbd_hf.distillation.records import ShardRecord
 
 from .helpers import build, files, questions
 

@@ -98,7 +98,7 @@ def test_refused_manifests(copied: Path, tmp_path: Path) -> None:
     settings, shards = content["settings"], content["shards"]
     for changes, message in (
         ({"schema_version": 2}, "schema_version 2.*Upgrade"),
-        ({"schema_version": None}, "schema_version None.*Make the cache again"),
+        ({"schema_version": None}, "schema_version None.*make it anew"),
         ({"settings": settings | {"variant": "best"}}, "variant='best' is unknown"),
         ({"settings": settings | {"k": "5"}}, "k is '5', but must be a int"),
         ({"settings": {"k": 5}}, "missing or unknown"),
