@@ -14,7 +14,7 @@ same start on the same rows of Dolly in the same order, with the same batches an
     sequence          cross-entropy on answers to the same prompts that the source has sampled
     uld, overlap_kl, alm, mined
                       these methods of BridgeDistillationConfig with half the weight, the other half cross-entropy;
-                      `_only` behind: no cross-entropy
+                      `_only` behind: no cross-entropy; alm_spans: alm of single spans, without alm_debias
     gold, gold_hybrid TRL's GOLDTrainer with its default options for two tokenizers, and its hybrid loss; it takes
                       byte-level tokenizers only, so for smollm2-gpt2
 
@@ -91,6 +91,7 @@ COLORS = {
     "uld": "#c8553d",
     "overlap_kl": "#0b6e4f",
     "alm": "#3d5a80",
+    "alm_spans": "#98b4d4",
     "mined": "#8a5a9e",
     "gold": "#d9a404",
     "gold_hybrid": "#a0762a",

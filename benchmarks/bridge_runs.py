@@ -44,6 +44,7 @@ OURS: dict[str, dict[str, Any] | None] = {
     "uld": {"method": "uld", "uld_tokens": LARGEST},
     "overlap_kl": {"method": "overlap_kl"},
     "alm": {"method": "alm"},
+    "alm_spans": {"method": "alm", "alm_debias": False},
     "mined": {"method": "mined"},
     "overlap_kl_only": {"method": "overlap_kl", "cross_entropy_weight": 0.0},
     "alm_only": {"method": "alm", "cross_entropy_weight": 0.0},

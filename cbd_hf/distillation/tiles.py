@@ -183,7 +183,8 @@ class Gradients:
         """Those of a tile, from the gradient of its raw logits, float32, shape (positions of the tile, vocab)."""
         for_hidden, for_weight, for_bias = self.found
         if for_hidden is not None:
-            for_hidden[rows, : None if own.weight is not None else own.vocab] = own.to_hidden(gradient)
+            # Added, since tiles may share a position.
+            for_hidden[rows, : None if own.weight is not None else own.vocab] += own.to_hidden(gradient)
         if for_weight is not None:
             own.add_to_weight(for_weight, gradient, self.hidden[rows])
         if for_bias is not None:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cbd_hf.tokenization.encoding import ByteEncoder
+from cbd_hf.tokenization.pieces import Pieces
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from cbd_hf.tokenization.pieces import Pieces
-
 NO_GROUP = -1
+_WHITE_SPACE = {b" ", b"\t", b"\n", b"\r"}
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,29 @@ class VocabularyMap:
         )
 
 
+def begin_anew(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """
+    The tokens that surely begin something new: with white space, and special ones.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): fast or slow.
+
+    Returns:
+        `np.ndarray`: bool, shape (largest id + 1,).
+
+    Raises:
+        ValueError: there is none.
+    """
+    pieces = Pieces.from_tokenizer(tokenizer)
+    starts = np.fromiter((text[:1] in _WHITE_SPACE for text in pieces.table), dtype=bool, count=len(pieces.table))
+    if not (starts | pieces.special).any():
+        raise ValueError(
+            f"The tokenizer {tokenizer.name_or_path!r} has no token that begins with white space and no special one: "
+            "set alm_debias=False."
+        )
+    return starts | pieces.special
+
+
 def _checked(pairs: Iterable[tuple[int, int]], student_rows: int, source_rows: int) -> list[tuple[int, int]]:
     pairs = [(int(student), int(source)) for student, source in pairs]
     for position, (name, rows) in enumerate((("student", student_rows), ("source", source_rows))):
@@ -190,4 +213,4 @@ def _first_tokens(texts: list[bytes], encoder: ByteEncoder) -> list[int | None]:
     return result
 
 
-__all__ = ["NO_GROUP", "VocabularyMap"]
+__all__ = ["NO_GROUP", "VocabularyMap", "begin_anew"]

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from cbd_hf.data.sources import resolve_checkpoint
+from cbd_hf.tokenization.encoding import ByteEncoder
 from cbd_hf.tokenization.pieces import Pieces
-from cbd_hf.tokenization.vocabulary import NO_GROUP, VocabularyMap
+from cbd_hf.tokenization.vocabulary import NO_GROUP, VocabularyMap, begin_anew
 from tests.tokenization.tokenizers import BUILDERS, END, TURN, SlowPieces, build, byte_level
 
 
@@ -46,6 +47,26 @@ def check(student: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase, voc
             else:
                 start = side.table[ids[group[token]]]
                 assert start and text.startswith(start)
+
+
+@pytest.mark.parametrize("kind", sorted(BUILDERS))
+def test_tokens_that_begin_anew(kind: str) -> None:
+    """Those behind which no word goes on: a word's first token, its end of text, and none amid a word."""
+    tokenizer = build(kind)
+    begins, pieces = begin_anew(tokenizer), Pieces.from_tokenizer(tokenizer)
+    assert begins[tokenizer.eos_token_id] and begins[list(tokenizer.all_special_ids)].all()
+    text = "the cat sat on many words and more"
+    (encoded,) = ByteEncoder(tokenizer).encode([text])
+    for token, start in list(zip(encoded.ids, encoded.starts, strict=True))[1:]:
+        drops_spaces = pieces.kind == "word_piece"
+        assert begins[token] == (text[start] == " " or (drops_spaces and text[start - 1] == " "))
+    assert not begins[(pieces.lengths == 0) & ~pieces.special].any()
+
+
+def test_no_token_that_begins_anew() -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
+    with pytest.raises(ValueError, match="no token that begins with white space and no special one"):
+        begin_anew(tokenizer)
 
 
 @pytest.mark.parametrize("first", sorted(BUILDERS))

@@ -28,6 +28,11 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
             Divergence of `"overlap_kl"` and `"mined"`.
         alm_temperature (`float`, *optional*, defaults to `100.0`):
             Of `"alm"`.
+        alm_debias (`bool`, *optional*, defaults to `True`):
+            Of `"alm"`: compare likelihoods of texts that end where something new begins, as published; see
+            [`SpanObjective`].
+        alm_bias_threshold (`float`, *optional*, defaults to `0.1`):
+            Of `alm_debias`: spans are joined until the source expects an end with more than this probability.
         uld_tokens (`int`, *optional*, defaults to `0`):
             Of `"uld"`: compare the largest probabilities only, so many; 0: all, whose sorting takes long.
         cross_entropy_weight (`float`, *optional*, defaults to `0.5`):
@@ -71,6 +76,16 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
         default="forward_kl", metadata={"help": "Divergence of overlap_kl and mined; as in stepwise distillation."}
     )
     alm_temperature: float = field(default=100.0, metadata={"help": "Temperature of alm, above 0."})
+    alm_debias: bool = field(
+        default=True,
+        metadata={"help": "Of alm: compare likelihoods of texts that end where something new begins, as published."},
+    )
+    alm_bias_threshold: float = field(
+        default=0.1,
+        metadata={
+            "help": "Of alm_debias: join spans until the source expects an end with more than this probability."
+        },
+    )
     uld_tokens: int = field(
         default=0, metadata={"help": "Of uld: compare the largest probabilities only, so many; 0: all."}
     )
@@ -114,7 +129,14 @@ class BridgeDistillationConfig(StepwiseDistillationConfig):
 
     def make_span_objective(self) -> SpanObjective:
         """The options of the loss by themselves."""
-        return SpanObjective(self.method, self.make_objective(), self.alm_temperature, self.uld_tokens)
+        return SpanObjective(
+            self.method,
+            self.make_objective(),
+            self.alm_temperature,
+            self.uld_tokens,
+            self.alm_debias,
+            self.alm_bias_threshold,
+        )
 
 
 __all__ = ["SEQUENCE", "BridgeDistillationConfig"]

@@ -8,7 +8,7 @@ span each model's probability is the product of its tokens' (the chain rule). p 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 METHODS = ("alm", "mined", "overlap_kl", "uld")
 _LEAST_PROBABILITY = 1e-10
-_LEAST_LOG = math.log(_LEAST_PROBABILITY)
+LEAST_LOG = math.log(_LEAST_PROBABILITY)
 _LEAST_SUM = 1e-37  # just above what float32 has no number for
 _LEAST_GAP = 1e-6  # of logarithms: between a span and its group; between ALM's probabilities and 1
 
@@ -40,6 +40,7 @@ class Side(NamedTuple):
         groups (`torch.Tensor`): int64, shape (spans,), the group (see [`Vocabularies`]) of each span's first token.
         counts (`torch.Tensor`): int64, shape (spans,), tokens of each span.
         kept ([`SparsePredictions`], *optional*): what a cache has of the positions, in place of `log_probs`.
+        ends (`torch.Tensor`, *optional*): float32, shape (spans,), log-probabilities that the text then begins anew.
     """
 
     log_probs: torch.Tensor
@@ -49,6 +50,7 @@ class Side(NamedTuple):
     groups: torch.Tensor
     counts: torch.Tensor
     kept: SparsePredictions | None = None
+    ends: torch.Tensor | None = None
 
     def span_log_probs(self) -> torch.Tensor:
         """The chain rule: shape (spans,), the sum over each span's tokens."""
@@ -70,15 +72,21 @@ class Vocabularies:
         count (`int`): shared tokens.
         nearest (`torch.Tensor`, *optional*): int64, shape (source vocab,): the student's token nearest to each of the
             source's; -1 for none. For `"mined"`.
+        student_boundaries, source_boundaries (`torch.Tensor`, *optional*): bool, shape (vocab,): the tokens that begin
+            anew, see [`~cbd_hf.tokenization.vocabulary.begin_anew`]. For `"alm"` with `alm_debias`.
     """
 
     student_groups: torch.Tensor
     source_groups: torch.Tensor
     count: int
     nearest: torch.Tensor | None = None
+    student_boundaries: torch.Tensor | None = None
+    source_boundaries: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, shared: VocabularyMap, student_vocab: int, source_vocab: int, nearest: Any = None) -> Vocabularies:
+    def of(
+        cls, shared: VocabularyMap, student_vocab: int, source_vocab: int, nearest: Any = None, boundaries: Any = None
+    ) -> Vocabularies:
         """
         For models with that many rows, those behind the tokenizers' tokens included.
 
@@ -86,6 +94,7 @@ class Vocabularies:
             shared ([`VocabularyMap`]): of the tokenizers.
             student_vocab, source_vocab (`int`): rows of the models' heads.
             nearest (`np.ndarray`, *optional*): see above, for the tokenizer's tokens.
+            boundaries (`tuple[np.ndarray, np.ndarray]`, *optional*): the student's and the source's, likewise.
         """
         count = len(shared.student_ids)
 
@@ -100,14 +109,18 @@ class Vocabularies:
             of_rows(shared.source_groups, source_vocab, count),
             count,
             None if nearest is None else of_rows(nearest, source_vocab, -1),
+            *(
+                of_rows(side.astype(int), rows, 0).bool()
+                for side, rows in zip(boundaries or (), (student_vocab, source_vocab), strict=False)
+            ),
         )
 
     def to(self, device: torch.device) -> Vocabularies:
         """On another device."""
         if self.student_groups.device == device:
             return self
-        nearest = None if self.nearest is None else self.nearest.to(device)
-        return Vocabularies(self.student_groups.to(device), self.source_groups.to(device), self.count, nearest)
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)  # type: ignore[arg-type]
 
     def student_log_probs(self, log_probs: torch.Tensor) -> torch.Tensor:
         """
@@ -144,7 +157,7 @@ class Vocabularies:
         sums = self._summed(log_probs, self.source_groups[kept.token_ids[rows]])
         found = sums > 0
         logs = torch.where(found, sums.clamp(min=_LEAST_SUM).log(), -torch.inf)
-        return torch.cat([logs, kept.tail[rows, None].clamp(min=_LEAST_LOG)], dim=-1), found
+        return torch.cat([logs, kept.tail[rows, None].clamp(min=LEAST_LOG)], dim=-1), found
 
     def _summed(self, log_probs: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         sums = log_probs.new_zeros(len(log_probs), self.count + 1)
@@ -163,7 +176,8 @@ class SpanObjective:
               front of every span; where a span has several tokens on a side, its group is divided into this span and
               the rest, by the chain rule;
             - `"alm"`: approximate likelihood matching (arXiv 2503.20083): the binary cross-entropy of the spans'
-              likelihoods `p^(1/t)` and `q^(1/t)` with t = `alm_temperature`, less its entropy, times t;
+              likelihoods `p^(1/t)` and `q^(1/t)` with t = `alm_temperature`, less its entropy, times t; see
+              `alm_debias`;
             - `"uld"`: universal logit distillation (arXiv 2402.12030): the L1 distance of the two sorted
               distributions in front of every span;
             - `"mined"`: FuseLLM's minimum edit distance (arXiv 2401.10491): the divergence between the student and
@@ -172,6 +186,10 @@ class SpanObjective:
               square as well.
         objective ([`Objective`], *optional*): divergence, temperature and w.
         alm_temperature (`float`, *optional*, defaults to 100.0): above 0.
+        alm_debias (`bool`, *optional*, defaults to `True`): as published, likelihoods are those of a span and a token
+            behind it that begins anew (with white space, or a special one), and spans are joined until the source
+            gives such a token a probability above `alm_bias_threshold`.
+        alm_bias_threshold (`float`, *optional*, defaults to 0.1): in [0, 1); 0 joins nothing.
         uld_tokens (`int`, *optional*, defaults to 0): of `"uld"`: compare the largest probabilities only, so many; 0:
             all of them.
 
@@ -183,12 +201,18 @@ class SpanObjective:
     objective: Objective = field(default_factory=lambda: Objective("forward_kl"))
     alm_temperature: float = 100.0
     uld_tokens: int = 0
+    alm_debias: bool = True
+    alm_bias_threshold: float = 0.1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"method={self.method!r} is unknown; choose one of {list(METHODS)}.")
         if not self.alm_temperature > 0:
             raise ValueError(f"alm_temperature={self.alm_temperature} must be greater than 0; the paper's is 100.")
+        if not 0 <= self.alm_bias_threshold < 1:
+            raise ValueError(
+                f"alm_bias_threshold={self.alm_bias_threshold} must be at least 0, which joins no spans, and below 1."
+            )
         if self.uld_tokens < 0:
             raise ValueError(f"uld_tokens={self.uld_tokens} must be at least 1, or 0 to compare all probabilities.")
 
@@ -197,10 +221,18 @@ class SpanObjective:
         """Whether tokens without a span count too."""
         return self.method == "mined"
 
+    @property
+    def sees_ends(self) -> bool:
+        """Whether it counts what follows a span."""
+        return self.method == "alm" and self.alm_debias
+
     def over_spans(self, student: Side, source: Side, vocabularies: Vocabularies) -> torch.Tensor:
         """The method summed over a tile's spans, without weight; a float32 scalar."""
         if self.method == "alm":
-            return likelihood_matching(student.span_log_probs(), source.span_log_probs(), self.alm_temperature).sum()
+            q, p = student.span_log_probs(), source.span_log_probs()
+            if student.ends is not None and source.ends is not None:
+                q, p = q + student.ends, p + source.ends
+            return likelihood_matching(q, p, self.alm_temperature).sum()
         if self.method == "uld":
             return sorted_distance(
                 student.log_probs[student.starts], source.log_probs[source.starts], self.uld_tokens
@@ -235,7 +267,7 @@ def group_divergence(student: Side, source: Side, vocabularies: Vocabularies, ob
         p, found = vocabularies.kept_log_probs(source.kept, source.starts)
         # Of groups that the cache knows nothing of, only the sum is compared.
         unknown = torch.where(found, -torch.inf, q).logsumexp(-1, keepdim=True)
-        q = torch.cat([torch.where(found, q, -torch.inf), unknown.clamp(min=_LEAST_LOG)], dim=-1)
+        q = torch.cat([torch.where(found, q, -torch.inf), unknown.clamp(min=LEAST_LOG)], dim=-1)
         divided &= found.gather(-1, source.groups[:, None]).flatten()
     events = [_events(groups, side, divided) for groups, side in ((q, student), (p, source))]
     return objective.divergence(*(bounded(event) for event in events))
@@ -330,6 +362,7 @@ def nearest_divergence(student: Side, source: Side, vocabularies: Vocabularies, 
 
 
 __all__ = [
+    "LEAST_LOG",
     "METHODS",
     "Side",
     "SpanObjective",

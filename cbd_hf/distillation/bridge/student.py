@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from cbd_hf.distillation.bridge.objectives import SpanObjective, Vocabularies
-from cbd_hf.distillation.bridge.tiles import Alignment, tiled_span_loss
+from cbd_hf.distillation.bridge.spans import Alignment
+from cbd_hf.distillation.bridge.tiles import tiled_span_loss
 from cbd_hf.distillation.predictions import Head, Predictions
 from cbd_hf.distillation.student import StudentLoss
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from cbd_hf.distillation.bridge.objectives import Side, SpanObjective, Vocabularies
+from cbd_hf.distillation.bridge.objectives import LEAST_LOG, Side, SpanObjective, Vocabularies
+from cbd_hf.distillation.bridge.spans import Alignment, join_spans, last_positions
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 from cbd_hf.distillation.tiles import (
     Gradients,
@@ -22,58 +23,10 @@ from cbd_hf.distillation.tiles import (
     Projection,
     head_rows,
     multiplies_in_bfloat16,
+    tile_slices,
     tile_values,
     with_gradients,
 )
-
-
-@dataclass(frozen=True)
-class Alignment:
-    """
-    The spans of a micro-batch, at the supervised positions of each model, rows one behind the other.
-
-    Args:
-        spans, source_spans (`torch.Tensor`): int64, shapes (positions,) and (source positions,): the span of the token
-            that follows, numbered over the batch and ascending; -1 for none.
-        source_labels (`torch.Tensor`): int64, shape (source positions,): those tokens of the source.
-        count (`int`): spans.
-    """
-
-    spans: torch.Tensor
-    source_spans: torch.Tensor
-    source_labels: torch.Tensor
-    count: int
-
-    def to(self, device: torch.device) -> Alignment:
-        """On another device."""
-        return Alignment(
-            self.spans.to(device), self.source_spans.to(device), self.source_labels.to(device), self.count
-        )
-
-
-def number_spans(
-    batch: dict[str, torch.Tensor], chosen: torch.Tensor, source_chosen: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """
-    Spans, which a collator numbers in each row from 0, numbered over a batch.
-
-    Args:
-        batch (`dict[str, torch.Tensor]`): with `spans` and `source_spans`, shape (rows, length) each.
-        chosen, source_chosen (`torch.Tensor`): bool, shape (rows, length): positions whose next token is supervised.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor, int]`: the span of each of these next tokens, on each side; how many.
-    """
-
-    def following(name: str, positions: torch.Tensor) -> torch.Tensor:
-        # A blank row has spans, but nothing supervised.
-        return torch.where(positions, F.pad(batch[name][:, 1:], (0, 1), value=-1), -1)
-
-    own, others = following("spans", chosen), following("source_spans", source_chosen)
-    counts = own.amax(-1) + 1
-    first = (counts.cumsum(0) - counts)[:, None]
-    spans, source_spans = (torch.where(numbers < 0, -1, numbers + first) for numbers in (own, others))
-    return spans[chosen], source_spans[source_chosen], int(counts.sum())
 
 
 def tiled_span_loss(
@@ -110,7 +63,11 @@ def tiled_span_loss(
                 if objective.objective.cross_entropy_weight < 1:
                     theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))
             own = Projection(head, None, low)
-            tiles = _Tiles(own, theirs, predictions, labels, alignment, vocabularies, objective)
+            spans = alignment
+            if objective.sees_ends:
+                ends = _source_boundaries(predictions, theirs, vocabularies, objective)
+                spans = join_spans(alignment, ends, objective.alm_bias_threshold)
+            tiles = _Tiles(own, theirs, predictions, labels, spans, vocabularies, objective)
             return tiles.run(hidden, head, needs)
 
     return with_gradients(hidden, head, work)
@@ -137,7 +94,9 @@ class _Tiles:
         vocab = head_rows(head, hidden)
         source_vocab = len(self.vocabularies.source_groups) if self.theirs is not None else 0
         for here, there, spans in span_tiles(self.alignment, vocab, source_vocab):
-            raw = own.raw(hidden[here]).requires_grad_(any(needs))
+            # With the next position, which says what follows the last span.
+            seen = slice(here.start, here.stop + self.objective.sees_ends)
+            raw = own.raw(hidden[seen]).requires_grad_(any(needs))
             with torch.set_grad_enabled(any(needs)):
                 value, part = self._tile(own.scaled(raw), here, there, spans)
             total += value.detach()
@@ -145,7 +104,7 @@ class _Tiles:
             if not any(needs):
                 continue
             (gradient,) = torch.autograd.grad(value, raw)
-            gradients.add(own, here, gradient)
+            gradients.add(own, seen, gradient)
         return total, spans_part, gradients.found
 
     def _tile(
@@ -156,17 +115,33 @@ class _Tiles:
         labels = self.labels[here]
         q = F.log_softmax(logits if temperature == 1 else logits / temperature, dim=-1)
         total = part = logits.new_zeros(())
+        seen, q = q, q[: len(labels)]
         if weight < 1 and (spans.stop > spans.start or self.objective.every_token):
             student = self._side(q, labels, self.alignment.spans[here], spans, self.vocabularies.student_groups)
+            if self.objective.sees_ends:
+                student = student._replace(ends=self._ends(seen, student, spans))
             value = self.objective.over_spans(student, self._source(there, spans), self.vocabularies)
             total, part = (1 - weight) * value, value.detach()
         if weight or (logits.requires_grad and total.grad_fn is None):
-            log_probs = q if temperature == 1 else F.log_softmax(logits, dim=-1)
+            log_probs = q if temperature == 1 else F.log_softmax(logits[: len(labels)], dim=-1)
             total = total + weight * F.nll_loss(log_probs, labels, reduction="sum")
         return total, part
 
+    def _ends(self, seen: torch.Tensor, student: Side, spans: slice) -> torch.Tensor:
+        """The student's log-probability that each span is followed by a token that begins anew."""
+        assert self.alignment.ended is not None and self.vocabularies.student_boundaries is not None
+        ended = self.alignment.ended[spans]
+        after = last_positions(student.spans, len(ended))[ended] + 1
+        ends = seen.new_zeros(len(ended))
+        return ends.index_put((ended,), _boundary_mass(seen[after], self.vocabularies.student_boundaries))
+
     @torch.no_grad()
     def _source(self, there: slice, spans: slice) -> Side:
+        side = self._source_side(there, spans)
+        ends = self.alignment.source_ends
+        return side if ends is None else side._replace(ends=ends[spans])
+
+    def _source_side(self, there: slice, spans: slice) -> Side:
         labels, numbers = self.alignment.source_labels[there], self.alignment.source_spans[there]
         groups, temperature = self.vocabularies.source_groups, self.objective.objective.temperature
         if isinstance(self.predictions, SparsePredictions):
@@ -199,6 +174,30 @@ class _Tiles:
         if token_log_probs is None:
             token_log_probs = log_probs.gather(-1, labels[:, None]).flatten()
         return Side(log_probs, token_log_probs, local, starts, groups[labels[starts]], counts)
+
+
+@torch.no_grad()
+def _source_boundaries(
+    predictions: Predictions, theirs: Projection | None, vocabularies: Vocabularies, objective: SpanObjective
+) -> torch.Tensor:
+    """The source's log-probability, at each of its positions, that the token that follows begins anew; float32."""
+    begins = vocabularies.source_boundaries
+    if begins is None:
+        raise ValueError("alm_debias needs the tokens that begin anew: see `boundaries` of Vocabularies.")
+    if isinstance(predictions, SparsePredictions):  # as far as the cache knows
+        return _boundary_mass(predictions.log_probs, begins[predictions.token_ids]).clamp(min=LEAST_LOG)
+    assert theirs is not None
+    hidden, temperature = predictions.hidden, objective.objective.temperature
+    found = hidden.new_zeros(len(hidden), dtype=torch.float32)
+    for rows in tile_slices(len(hidden), len(begins), hidden.device):
+        logits = theirs.scaled(theirs.raw(hidden[rows])) / temperature
+        found[rows] = _boundary_mass(logits, begins) - logits.logsumexp(-1)
+    return found
+
+
+def _boundary_mass(log_probs: torch.Tensor, begins: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the sum over the tokens that begin anew."""
+    return torch.where(begins, log_probs, -torch.inf).logsumexp(-1)
 
 
 def span_tiles(alignment: Alignment, vocab: int, source_vocab: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -244,15 +243,11 @@ def span_tiles(alignment: Alignment, vocab: int, source_vocab: int) -> Iterator[
 
 def _span_ends(numbers: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The position behind each span's last token, and that behind what follows it without a span; int64, (count,)."""
-    places = torch.arange(1, len(numbers) + 1, device=numbers.device)
-    inside = numbers >= 0
-    ends = torch.zeros(count, dtype=torch.int64, device=numbers.device)
-    ends = ends.scatter_reduce(0, numbers[inside], places[inside], "amax")
-    behind = places[-1:] if count else places[:0]
-    starts = (
-        torch.searchsorted(numbers.cummax(0).values, torch.arange(1, count, device=numbers.device)) if count else ends
-    )
-    return ends.cpu(), torch.cat([starts, behind]).cpu()
+    ends = last_positions(numbers, count) + 1
+    if not count:
+        return ends.cpu(), ends.cpu()
+    starts = torch.searchsorted(numbers.cummax(0).values, torch.arange(1, count, device=numbers.device))
+    return ends.cpu(), torch.cat([starts, ends.new_tensor([len(numbers)])]).cpu()
 
 
-__all__ = ["Alignment", "number_spans", "span_tiles", "tiled_span_loss"]
+__all__ = ["span_tiles", "tiled_span_loss"]

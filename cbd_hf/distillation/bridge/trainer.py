@@ -15,8 +15,8 @@ from cbd_hf.distillation.batching import SOURCE_PREFIX, supervised_positions
 from cbd_hf.distillation.bridge.config import SEQUENCE, BridgeDistillationConfig
 from cbd_hf.distillation.bridge.objectives import Vocabularies
 from cbd_hf.distillation.bridge.source_cache import SourceCache, collator_of, prepare_pairs
+from cbd_hf.distillation.bridge.spans import Alignment, followed, number_spans
 from cbd_hf.distillation.bridge.student import AlignedPredictions, BridgeStudentLoss
-from cbd_hf.distillation.bridge.tiles import Alignment, number_spans
 from cbd_hf.distillation.student import StudentLoss
 from cbd_hf.distillation.teacher import find_tokenizer, load_config, load_tokenizer, open_cache
 from cbd_hf.distillation.trainer import AnyDataset, StepwiseDistillationTrainer
@@ -24,7 +24,7 @@ from cbd_hf.tokenization.collator import BridgeDataCollator, end_of_turn_pair
 from cbd_hf.tokenization.edit_distance import nearest_student_ids
 from cbd_hf.tokenization.limits import Limits, needed_rows, warn_of_surplus_tokens
 from cbd_hf.tokenization.rows import COLUMNS
-from cbd_hf.tokenization.vocabulary import VocabularyMap
+from cbd_hf.tokenization.vocabulary import VocabularyMap, begin_anew
 
 
 if TYPE_CHECKING:
@@ -168,10 +168,13 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         size = self.model.config.get_text_config().vocab_size
         if nearest is not None:
             nearest = np.where(nearest < size, nearest, -1)
+        objective = self.args.make_span_objective()
+        tokenizers = (collator.tokenizer, collator.source_tokenizer)
+        boundaries = tuple(map(begin_anew, tokenizers)) if objective.sees_ends else None
         return BridgeStudentLoss(
             student,
-            self.args.make_span_objective(),
-            Vocabularies.of(self.vocabulary_map, size, self._source_vocab, nearest),
+            objective,
+            Vocabularies.of(self.vocabulary_map, size, self._source_vocab, nearest, boundaries),
             layers,
             self.args.hidden_loss_weight,
         )
@@ -206,7 +209,7 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         del source["attention_mask"]  # behind the last token, as in the student's
         there = supervised_positions(labels)
         own, others, count = number_spans(spans, chosen, there)
-        alignment = Alignment(own, others, labels[:, 1:][there[:, :-1]], count)
+        alignment = Alignment(own, others, labels[:, 1:][there[:, :-1]], count, followed(chosen), followed(there))
         self._count_spans(alignment, chosen)
         return AlignedPredictions(self.teacher.predict(source, there, cached), alignment)
 

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
-from cbd_hf.distillation.bridge.tiles import Alignment
+from cbd_hf.distillation.bridge.spans import Alignment
 from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
 from cbd_hf.distillation.student import PROJECTION, HiddenProjection
 from cbd_hf.tokenization.rows import COLUMNS
@@ -226,7 +226,8 @@ def plain_step(
             torch.tensor([row[side + "labels"][i + 1] for i in where])
             for side, where in zip(("", "source_"), chosen, strict=True)
         )
-        alignment = Alignment(own, others, source_labels, max(row["spans"]) + 1)
+        follows = (torch.tensor([i + 1 in where for i in where], dtype=torch.bool) for where in chosen)
+        alignment = Alignment(own, others, source_labels, max(row["spans"]) + 1, *follows)
         total, part = expected_loss(
             outputs[0].logits[0][chosen[0]],
             outputs[1].logits[0][chosen[1]].detach(),

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from cbd_hf.distillation.bridge.objectives import SpanObjective, Vocabularies
-from cbd_hf.distillation.bridge.tiles import Alignment
+from cbd_hf.distillation.bridge.spans import Alignment
 from cbd_hf.tokenization.vocabulary import VocabularyMap
 
 from ..helpers import cross_entropy, plain_divergence
@@ -55,6 +56,14 @@ def vocabulary_map(seed: int = 0) -> VocabularyMap:
 def nearest(seed: int = 0) -> np.ndarray:
     """A token of the student, or none, for each of the source's."""
     return np.random.default_rng(seed).integers(-1, STUDENT_VOCAB, SOURCE_VOCAB)
+
+
+def boundaries(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Of random tokens of each side: whether they begin anew."""
+    rng = np.random.default_rng(seed)
+    student, source = rng.random(STUDENT_VOCAB) < 0.4, rng.random(SOURCE_VOCAB) < 0.4
+    student[0] = source[0] = True
+    return student, source
 
 
 def make_spans(
@@ -112,15 +121,11 @@ def expected_loss(
         known = torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1.0)
     part = student.sum() * 0
     matched = set()
-    for span in range(alignment.count):
-        here, there = (
-            [i for i, number in enumerate(numbers.tolist()) if number == span]
-            for numbers in (alignment.spans, alignment.source_spans)
-        )
+    for here, there, ends in _spans(q, p * known, alignment, vocabularies, objective):
         span_q, span_p = math.prod(own[i] for i in here), math.prod(others[i] for i in there)
         first, other = here[0], there[0]
         if objective.method == "alm":
-            part = part + _alm(span_q, span_p, objective.alm_temperature)
+            part = part + _alm(span_q * ends[0], span_p * ends[1], objective.alm_temperature)
         elif objective.method == "uld":
             part = part + _uld(q[first], p[other], objective.uld_tokens)
         elif objective.method == "mined":
@@ -149,6 +154,43 @@ def expected_loss(
             part = part - this.temperature**2 * own[i].log()
     weight = this.cross_entropy_weight
     return (1 - weight) * part + weight * cross_entropy(student, labels), part.detach()
+
+
+def _spans(
+    q: torch.Tensor,
+    p: torch.Tensor,
+    alignment: Alignment,
+    vocabularies: Vocabularies,
+    objective: SpanObjective,
+) -> Iterator[tuple[list[int], list[int], tuple[Any, Any]]]:
+    """Positions of each span on both sides, and the probabilities that it ends there, joined if ALM asks for that."""
+    sides = [alignment.spans.tolist(), alignment.source_spans.tolist()]
+    follow = [
+        [True] * len(numbers) if known is None else known.tolist()
+        for numbers, known in zip(sides, (alignment.follows, alignment.source_follows), strict=True)
+    ]
+    before: list[list[int]] = [[], []]
+    for span in range(alignment.count):
+        now = [[i for i, number in enumerate(numbers) if number == span] for numbers in sides]
+        before = [first + more for first, more in zip(before, now, strict=True)]
+        ends: tuple[Any, Any] = (1, 1)
+        if objective.method == "alm" and objective.alm_debias:
+            after = [places[-1] + 1 for places in now]
+            there = [
+                place < len(numbers) and follows[place - 1]
+                for place, numbers, follows in zip(after, sides, follow, strict=True)
+            ]
+            if all(there):
+                begins = (vocabularies.student_boundaries, vocabularies.source_boundaries)
+                ends = tuple(  # type: ignore[assignment]
+                    probs[place][tokens].sum() for probs, place, tokens in zip((q, p), after, begins, strict=True)
+                )
+                ends = (ends[0], ends[1].clamp(min=LEAST))
+                next_one = all(numbers[place] == span + 1 for place, numbers in zip(after, sides, strict=True))
+                if next_one and ends[1] <= objective.alm_bias_threshold:
+                    continue
+        yield before[0], before[1], ends
+        before = [[], []]
 
 
 def _alm(q: torch.Tensor, p: torch.Tensor, temperature: float) -> torch.Tensor:

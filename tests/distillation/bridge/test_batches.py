@@ -22,7 +22,8 @@ from cbd_hf.distillation.batching import (
 )
 from cbd_hf.distillation.bridge.objectives import Vocabularies
 from cbd_hf.distillation.bridge.source_cache import source_rows
-from cbd_hf.distillation.bridge.tiles import Alignment, number_spans, tiled_span_loss
+from cbd_hf.distillation.bridge.spans import Alignment, followed, number_spans
+from cbd_hf.distillation.bridge.tiles import tiled_span_loss
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 from cbd_hf.tokenization.rows import COLUMNS
 from cbd_hf.tokenization.vocabulary import VocabularyMap
@@ -119,7 +120,7 @@ def test_parts_are_the_batch(seed: int, tokens: int, same_width: bool) -> None:
 
 def same_vocabularies() -> Vocabularies:
     ids = torch.arange(VOCAB).numpy()
-    return Vocabularies.of(VocabularyMap(ids, ids, ids, ids), VOCAB, VOCAB, ids)
+    return Vocabularies.of(VocabularyMap(ids, ids, ids, ids), VOCAB, VOCAB, ids, (ids % 3 == 0, ids % 4 == 0))
 
 
 def loss_of(batch: dict[str, torch.Tensor], method: str, cached: bool) -> float:
@@ -130,7 +131,7 @@ def loss_of(batch: dict[str, torch.Tensor], method: str, cached: bool) -> float:
     labels, source_labels = (
         batch[side + "labels"][:, 1:][where[:, :-1]] for side, where in zip(SIDES, (chosen, there), strict=True)
     )
-    alignment = Alignment(own, others, source_labels, count)
+    alignment = Alignment(own, others, source_labels, count, followed(chosen), followed(there))
     predictions: Predictions = DensePredictions(other[batch["source_input_ids"][there]], Head().open)
     if cached:  # of one token: its entries are in the batch
         entries = batch["teacher_token_ids"]
@@ -145,7 +146,7 @@ def loss_of(batch: dict[str, torch.Tensor], method: str, cached: bool) -> float:
 
 
 @pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("method", ["overlap_kl forward_kl", "alm", "mined forward_kl"])
+@pytest.mark.parametrize("method", ["overlap_kl forward_kl", "alm", "alm to a likely end", "mined forward_kl"])
 def test_parts_add_up(method: str, cached: bool) -> None:
     batch = with_entries(random_batch(random.Random(4), 9)[0])
     whole = loss_of(batch, method, cached)

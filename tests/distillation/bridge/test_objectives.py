@@ -11,7 +11,8 @@ import torch
 
 from cbd_hf.distillation import tiles
 from cbd_hf.distillation.bridge.objectives import SpanObjective, Vocabularies, likelihood_matching
-from cbd_hf.distillation.bridge.tiles import Alignment, tiled_span_loss
+from cbd_hf.distillation.bridge.spans import Alignment, join_spans
+from cbd_hf.distillation.bridge.tiles import tiled_span_loss
 from cbd_hf.distillation.objectives import DIVERGENCES, Objective
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
 from cbd_hf.distillation.tiles import tiled_loss
@@ -23,6 +24,7 @@ from .plain import (
     SOURCE_VOCAB,
     STUDENT_VOCAB,
     Segments,
+    boundaries,
     expected_loss,
     make_spans,
     nearest,
@@ -39,7 +41,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "overlap_kl skew_reverse_kl": {"skew": 0.2},
     "overlap_kl adaptive_kl": {"head_mass": 0.4},
     "overlap_kl total_variation": {},
-    "alm": {},
+    "alm": {"alm_debias": False},
+    "alm to a likely end": {"alm_bias_threshold": 0.35},
+    "alm to any end": {"alm_bias_threshold": 0.0},
     "uld": {},
     "uld of 3": {"uld_tokens": 3},
     "mined forward_kl": {},
@@ -50,9 +54,9 @@ METHODS: dict[str, dict[str, Any]] = {
 def make_objective(method: str, **options: float) -> SpanObjective:
     name, divergence = method.split()[0], method.split()[-1]
     options = {**METHODS[method], **options}
-    tokens = int(options.pop("uld_tokens", 0))
+    of_spans: dict[str, Any] = {key: options.pop(key) for key in list(options) if key.startswith(("alm", "uld"))}
     return SpanObjective(
-        name, Objective(divergence if divergence in DIVERGENCES else "forward_kl", **options), uld_tokens=tokens
+        name, Objective(divergence if divergence in DIVERGENCES else "forward_kl", **options), **of_spans
     )
 
 
@@ -94,7 +98,8 @@ PAIRS = [
 
 
 def vocabularies_of(way: Way) -> Vocabularies:
-    return Vocabularies.of(vocabulary_map(), STUDENT_VOCAB + way.student[0], SOURCE_VOCAB + way.source[0], nearest())
+    rows = STUDENT_VOCAB + way.student[0], SOURCE_VOCAB + way.source[0]
+    return Vocabularies.of(vocabulary_map(), *rows, nearest(), boundaries())
 
 
 def predictions_of(
@@ -190,9 +195,29 @@ def test_events_add_up_to_one(k: int | None, seed: int) -> None:
         assert several[0, -1] == 0 and (several[1, -1] > 0 or k == 4)
 
 
+def test_joined_spans() -> None:
+    """Until an end is likely; never over a gap, a row's end or the last token."""
+    spans = torch.tensor([-1, 0, 1, 2, 2, -1, 3, 4, 5, 6])
+    others = torch.tensor([0, 1, 1, 2, 3, 4, 5, 6])
+    follows = torch.ones(10, dtype=torch.bool)
+    follows[7] = False  # the row ends behind span 4
+    single = Alignment(spans, others, torch.zeros(8, dtype=torch.int64), 7, follows)
+    # Of the source's positions: behind span 0, 1, 2 and so on.
+    ends = torch.tensor([9.0, 0.05, 9.0, 0.3, 0.05, 0.01, 0.02, 0.03]).clamp(max=1).log()
+    joined = join_spans(single, ends, 0.1)
+    # 0 is joined with 1, behind which an end is likely; 2 and 3 do not touch; 4 ends its row; 5 with 6, the last.
+    assert joined.spans.tolist() == [-1, 0, 0, 1, 1, -1, 2, 2, 3, 3] and joined.count == 4
+    assert joined.source_spans.tolist() == [0, 0, 0, 1, 2, 2, 3, 3]
+    assert joined.ended is not None and joined.ended.tolist() == [True, True, False, False]
+    assert joined.source_ends is not None
+    torch.testing.assert_close(joined.source_ends.exp(), torch.tensor([0.3, 0.05, 1.0, 1.0]))
+    none = join_spans(single, ends, 0.0)
+    assert none.count == 7 and torch.equal(none.spans, spans)
+
+
 def same_vocabularies(vocab: int = STUDENT_VOCAB) -> Vocabularies:
     ids = np.arange(vocab)
-    return Vocabularies.of(VocabularyMap(ids, ids, ids, ids), vocab, vocab, ids)
+    return Vocabularies.of(VocabularyMap(ids, ids, ids, ids), vocab, vocab, ids, (ids % 3 == 0, ids % 3 == 0))
 
 
 def same_text(vocabularies: Vocabularies, segments: Segments) -> tuple[torch.Tensor, Alignment]:
@@ -202,7 +227,9 @@ def same_text(vocabularies: Vocabularies, segments: Segments) -> tuple[torch.Ten
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("method", ["overlap_kl forward_kl", "overlap_kl reverse_kl", "alm", "uld"])
+@pytest.mark.parametrize(
+    "method", ["overlap_kl forward_kl", "overlap_kl reverse_kl", "alm", "alm to a likely end", "uld"]
+)
 @pytest.mark.parametrize("tokens", [1, 2])
 def test_identical_models(method: str, temperature: float, tokens: int) -> None:
     vocabularies = same_vocabularies()
@@ -307,6 +334,9 @@ def test_bad_options() -> None:
     for temperature in (0.0, -1.0, float("nan")):
         with pytest.raises(ValueError, match="alm_temperature=.* must be greater than 0"):
             SpanObjective("alm", alm_temperature=temperature)
+    for threshold in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="alm_bias_threshold=.* must be at least 0, which joins no spans"):
+            SpanObjective("alm", alm_bias_threshold=threshold)
 
 
 def test_what_a_method_needs() -> None:
@@ -319,6 +349,8 @@ def test_what_a_method_needs() -> None:
         tiled_span_loss(*arguments, make_objective(method))
 
     dense = DensePredictions(theirs, Head().open)
+    with pytest.raises(ValueError, match="alm_debias needs the tokens that begin anew"):
+        loss(dense, "alm to any end")
     with pytest.raises(ValueError, match="mined needs the nearest tokens"):
         loss(dense, "mined forward_kl")
     kept = predictions_of(theirs, theirs, Head(), alignment, 3, 1.0)

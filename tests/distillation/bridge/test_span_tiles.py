@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from cbd_hf.distillation import tiles
 from cbd_hf.distillation.batching import supervised_positions
+from cbd_hf.distillation.bridge.spans import Alignment, followed, number_spans
 from cbd_hf.distillation.bridge.student import AlignedPredictions
-from cbd_hf.distillation.bridge.tiles import Alignment, number_spans, span_tiles
+from cbd_hf.distillation.bridge.tiles import span_tiles
 from cbd_hf.distillation.predictions import DensePredictions, Head
 
 from .helpers import random_batch
@@ -72,6 +73,11 @@ def test_numbers(seed: int) -> None:
     batch, rows = random_batch(rng, 6)
     chosen, there = (supervised_positions(batch[name]) for name in ("labels", "source_labels"))
     own, others, count = number_spans(batch, chosen, there)
+    places = chosen.nonzero().tolist()
+    behind = [*places[1:], [-1, -1]]
+    assert followed(chosen).tolist() == [
+        [row, column + 1] == other for (row, column), other in zip(places, behind, strict=True)
+    ]
     expected: list[list[int]] = [[], []]
     before = 0
     for row in rows:

@@ -32,6 +32,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "overlap_kl": {},
     "overlap_kl, warm": {"objective": "generalized_jsd", "temperature": 2.0, "cross_entropy_weight": 0.0},
     "alm": {"method": "alm"},
+    "alm, any end": {"method": "alm", "alm_bias_threshold": 0.0},
+    "alm of single spans": {"method": "alm", "alm_debias": False},
     "uld": {"method": "uld"},
     "mined": {"method": "mined", "objective": "reverse_kl"},
 }
@@ -53,6 +55,7 @@ def rows_by_id(trainer: Any) -> list[dict[str, Any]]:
     [
         *[("overlap_kl", kind) for kind in KINDS],
         *[(method, "answers") for method in METHODS if method != "overlap_kl"],
+        ("alm", "messages"),
     ],
 )
 def test_value_and_gradient(method: str, kind: str, tmp_path: Path) -> None:
