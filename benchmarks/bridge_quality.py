@@ -52,6 +52,7 @@ from cbd_hf.tokenization.vocabulary import VocabularyMap
 
 
 READS_CACHE = [arm for arm, options in OURS.items() if options is not None]
+CONSTANT = "constant_with_warmup"
 PAIRS = ["smollm2-gpt2", "gemma-smollm2"]
 DEFAULT_ARMS = ["cross_entropy", "sequence", "uld", "overlap_kl", "alm", "gold", "gold_hybrid"]
 # Options without which results cannot be compared.
@@ -65,6 +66,7 @@ SETTINGS = [
     "prompts",
     "rate_steps",
     "rate_warm_up",
+    "schedule",
     "source_rate",
     "source_steps",
     "steps",
@@ -255,12 +257,15 @@ def table(results: Results, args: argparse.Namespace) -> str:
         if known is None or "cross_entropy" not in arms:
             continue
         lines += [f"### {pair}", "", shown(known), ""]
-        lines += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        # A rate that falls to 0 says nothing of less training, nor of as many tokens in fewer rows.
+        ends_only = results.content["settings"]["schedule"] != CONSTANT
+        columns = [name for name in COLUMNS if not (ends_only and "equal time" in name)]
+        lines += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         plain = results.runs(pair, "cross_entropy")
         budget = len(plain[0]["seconds"]) * step_seconds(results, pair, "cross_entropy")
         for arm in arms:
             runs = results.runs(pair, arm)
-            tokens = known["tokens_per_row"] / tokens_per_row(results, pair, arm)
+            tokens = 1.0 if ends_only else known["tokens_per_row"] / tokens_per_row(results, pair, arm)
             ends = [at_step(run, known["bits_start"], tokens * len(run["seconds"])) for run in runs]
             seconds = step_seconds(results, pair, arm)
             cached = cached_seconds(runs) if arm in READS_CACHE else None
@@ -276,7 +281,8 @@ def table(results: Results, args: argparse.Namespace) -> str:
                 f"{seconds:.2f}",
                 f"{cached:.2f}" if cached else "",
             ]
-            lines.append(f"| {' | '.join(cells)} |")
+            shown_cells = [cell for cell, name in zip(cells, COLUMNS, strict=True) if name in columns]
+            lines.append(f"| {' | '.join(shown_cells)} |")
         made = {"the cache": f"{pair} cache", "the source's answers": f"{pair} answers"}
         notes = [
             f"{what}: {results.content[key]['made_in']:.0f} s" for what, key in made.items() if key in results.content
@@ -340,6 +346,9 @@ def main() -> None:
     parser.add_argument("--source_steps", type=int, default=0, help="of the source on the training rows, before all")
     parser.add_argument("--source_rate", type=float, default=3e-5)
     parser.add_argument("--rate_warm_up", type=int, default=4, help="steps in which the learning rate rises")
+    parser.add_argument(
+        "--schedule", choices=[CONSTANT, "linear"], default=CONSTANT, help="linear falls to 0, and compares ends only"
+    )
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--max_tokens", type=int, default=80, help="of prompt and answer, as SmolLM2 counts")
     parser.add_argument("--min_completion", type=int, default=8, help="least tokens of an answer")

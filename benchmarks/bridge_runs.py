@@ -240,7 +240,7 @@ def training_options(args: argparse.Namespace, seed: int, steps: int, rate: floa
         "max_steps": steps,
         "per_device_train_batch_size": args.batch_size,
         "learning_rate": rate,
-        "lr_scheduler_type": "constant_with_warmup",
+        "lr_scheduler_type": args.schedule,
         "warmup_steps": min(args.rate_warm_up, steps // 2),
         "max_length": 2 * args.max_tokens,
         "seed": seed,

@@ -1,4 +1,4 @@
-"""The `cbd` command. Nothing heavy is imported before a subcommand is chosen."""
+"""The `cbd` command, and what recipes run. Nothing heavy is imported before a subcommand is chosen."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import importlib
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from cbd_hf import __version__
@@ -26,6 +27,9 @@ COMMANDS = {
 }
 _ALIASES = {"evaluate": "eval"}
 _EXPECTED = (ValueError, OSError, ImportError)
+# The work of one process. Others that a launcher has started would do the same again, into the same files.
+_ONE_PROCESS = frozenset({"transplant", "init", "inspect", "plan", "eval"})
+_PATIENCE = 10.0  # seconds in which a launcher ends the processes that are left when one has failed
 TRACEBACK = "CBD_TRACEBACK"
 
 
@@ -49,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     Run `cbd <command> ...`.
 
+    With several processes (`accelerate launch`) a mistake that all of them find is printed by the first, and what
+    one process does is done by the first while the others leave.
+
     Args:
         argv (`Sequence[str]`, *optional*): the arguments; by default those of the process.
 
@@ -58,15 +65,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name: str = _parser().parse_args(arguments[:1]).command
-    module, _ = COMMANDS[_ALIASES.get(name, name)]
+    name = _ALIASES.get(name, name)
+    rank, processes = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    if name in _ONE_PROCESS and rank > 0:
+        return 0
+    if name in _ONE_PROCESS and processes > 1:
+        print(f"cbd: {name} needs one process; the first of {processes} does it, the others leave.", file=sys.stderr)
     try:
-        importlib.import_module(module).main(_separate_config(arguments[1:]))
-    except _EXPECTED as error:
+        importlib.import_module(COMMANDS[name][0]).main(_separate_config(arguments[1:]))
+    except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        print(f"cbd: error: {error}", file=sys.stderr)
+        if rank > 0:
+            # If the first process has failed as well, or this one for its sake, the launcher ends it meanwhile.
+            time.sleep(_PATIENCE)
+        if not _is_mistake(error):
+            raise
+        where = f" in process {rank}" if rank > 0 else ""
+        print(f"cbd: error{where}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _is_mistake(error: Exception) -> bool:
+    yaml = sys.modules.get("yaml")  # imported by whoever has read a file
+    return isinstance(error, _EXPECTED) or (yaml is not None and isinstance(error, yaml.YAMLError))
 
 
 def _separate_config(arguments: list[str]) -> list[str]:

@@ -17,6 +17,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         sys.path.pop(0)  # this folder, whose evaluate.py would hide the `evaluate` library
 
-    from cbd_hf.commands.build import main
+    from cbd_hf.cli import main
 
-    main()
+    sys.exit(main(["build", *sys.argv[1:]]))

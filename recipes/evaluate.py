@@ -6,8 +6,8 @@ Hardware: one GPU, or a CPU for small models (five seeds of 256 sampled tokens f
     accelerate launch --num_processes 1 recipes/evaluate.py --config recipes/configs/evaluate.yaml \
         --model_name_or_path my-target-dolly --output_file my-target-dolly.json
 
-One process; options on the command line override the YAML file: `--dataset my.jsonl`, `--seeds 10`, `--texts my.txt`.
-`cbd eval` is the same.
+One process does it all. Options on the command line override the YAML file: `--dataset my.jsonl`, `--seeds 10`,
+`--texts my.txt`. `cbd eval` is the same.
 """
 
 import sys
@@ -17,6 +17,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         sys.path.pop(0)  # this folder, whose evaluate.py would hide the `evaluate` library
 
-    from cbd_hf.commands.evaluate import main
+    from cbd_hf.cli import main
 
-    main()
+    sys.exit(main(["eval", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
 """
 The whole method on a small real model: build a chain, make models of several sizes from it, measure them.
 
-Hardware: a CPU with 2 cores and 8 GB. `make quickstart` installs what this needs and runs it.
+Hardware: a CPU with 2 cores and 8 GB, one process. `make quickstart` installs what this needs and runs it.
 
     accelerate launch --config_file recipes/accelerate_configs/cpu.yaml recipes/quickstart.py
 
@@ -15,6 +15,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         sys.path.pop(0)  # this folder, whose evaluate.py would hide the `evaluate` library
 
-    from cbd_hf.commands.quickstart import main
+    from cbd_hf.cli import main
 
-    main()
+    sys.exit(main(["quickstart", *sys.argv[1:]]))

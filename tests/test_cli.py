@@ -79,6 +79,65 @@ def test_mistakes_are_one_line(
         cli.main(["init"])
 
 
+def test_a_broken_yaml_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "init.yaml"
+    path.write_text("chain: [a\nn_params: 1")
+    assert cli.main(["init", "--config", str(path)]) == 2
+    assert capsys.readouterr().err.startswith("cbd: error: while parsing")
+
+
+@pytest.mark.parametrize("command", ["transplant", "init", "inspect", "plan", "eval", "evaluate"])
+def test_one_process_does_it(
+    command: str,
+    called: list[tuple[str, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "2")
+    assert cli.main([command]) == 0 and not called and not capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main([command]) == 0 and len(called) == 1
+    assert "needs one process; the first of 3 does it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["build", "bridge", "cache", "finetune", "quickstart"])
+def test_all_processes_do_it(
+    command: str,
+    called: list[tuple[str, list[str]]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank in "012":
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main([command]) == 0
+    assert len(called) == 3 and not capsys.readouterr().err
+
+
+def test_a_mistake_of_another_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is not silent, but leaves the first process the time to say the same."""
+    waited: list[float] = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["build", "--config"]) == 2
+    assert capsys.readouterr().err.startswith("cbd: error in process 1: --config needs a value") and waited == [10]
+    monkeypatch.setenv("RANK", "0")
+    assert cli.main(["build", "--config"]) == 2
+    assert capsys.readouterr().err.startswith("cbd: error: --config needs a value") and len(waited) == 1
+    # Nor does what the first one's end has caused here, such as a lost connection, hide its message.
+    fake = types.ModuleType("cbd_hf.commands.build")
+    vars(fake)["main"] = lambda argv: {}["bug"]
+    monkeypatch.setitem(sys.modules, "cbd_hf.commands.build", fake)
+    for rank, traceback, times in (("0", "", 1), ("1", "", 2), ("1", "1", 2)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv(cli.TRACEBACK, traceback)
+        with pytest.raises(KeyError):
+            cli.main(["build"])
+        assert len(waited) == times
+
+
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.ModuleType("cbd_hf.commands.init")
     vars(fake)["main"] = lambda argv: {}["bug"]

@@ -2,7 +2,6 @@
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -229,9 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=main.__doc__,
     )
     (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--target_config"))
-    # One process is enough: the others of an `accelerate launch` have nothing to do.
-    if int(os.environ.get("RANK", "0")) == 0:
-        run(args)
+    run(args)
 
 
 __all__ = ["InitArguments", "main", "parse_alpha", "run"]

@@ -5,7 +5,6 @@ Only chain.json and configs are read.
 
 # No `from __future__ import annotations`: HfArgumentParser needs real types.
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -475,9 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=main.__doc__,
     )
     (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--configs"))
-    # One process is enough: the others of an `accelerate launch` have nothing to do.
-    if int(os.environ.get("RANK", "0")) == 0:
-        run(args)
+    run(args)
 
 
 __all__ = ["PlanArguments", "format_plan", "format_training", "main", "run"]

@@ -69,6 +69,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
 
     Raises:
         FileExistsError: `report.json` is already there.
+        ValueError: there are several processes, or an option cannot be.
     """
     from datasets import disable_progress_bars
     from tqdm.auto import tqdm
@@ -81,7 +82,7 @@ def run(args: QuickstartArguments, training: StepwiseDistillationConfig) -> dict
     from cbd_hf.distillation.recipe import BuildArguments
     from cbd_hf.report.figures import plot_quickstart
 
-    _check(args)
+    _check(args, training)
     started = time.perf_counter()
     output = Path(str(training.output_dir))
     _refuse_finished(output)
@@ -153,8 +154,13 @@ def default_anchors(config: Any, max_steps: int) -> list[dict[str, Any]]:
     ]
 
 
-def _check(args: QuickstartArguments) -> None:
-    """Raise for what would only fail once the chain is built."""
+def _check(args: QuickstartArguments, training: StepwiseDistillationConfig) -> None:
+    """Raise for what would only fail once the chain is built, or would be done twice."""
+    if training.world_size > 1:
+        raise ValueError(
+            f"The quickstart runs in one process, not in {training.world_size}: start it with "
+            "`accelerate launch --num_processes 1`, or as `cbd quickstart`."
+        )
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError('The quickstart plots its result: pip install "cbd_hf[report]".')
     rates = sorted(args.recovery_learning_rates)

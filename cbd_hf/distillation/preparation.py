@@ -70,7 +70,7 @@ def prepare_rows(
     sample: Any = next(iter(dataset), None)
     if sample is None:
         raise ValueError("The dataset has no rows. Choose another split, or raise the limit on documents.")
-    tokenizer = _adjusted(tokenizer, args)
+    tokenizer = with_options(tokenizer, args)
     rows = supervise_conversations(dataset, tokenizer, args, formatting_func)
     only = args.completion_only_loss
     # What SFTTrainer.__init__ leaves on the trainer for its _prepare_dataset, which uses nothing else of it.
@@ -82,20 +82,31 @@ def prepare_rows(
     return SFTTrainer._prepare_dataset(trainer, rows, tokenizer, args, args.packing, formatting_func, name)
 
 
-def _adjusted(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
+def with_options(tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> PreTrainedTokenizerBase:
+    """
+    The student's tokenizer with `eos_token` and `chat_template_path`, which `SFTTrainer` gives it later; a copy if
+    there is one of them.
+
+    Raises:
+        ValueError: the tokenizer does not have that token, or the template is not in a file.
+    """
     if args.eos_token is None and args.chat_template_path is None:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
     if args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={args.eos_token!r} is not in the tokenizer's vocabulary.")
+            raise ValueError(
+                f"eos_token={args.eos_token!r} is no token of the student's tokenizer ({len(tokenizer)} tokens): "
+                "choose one that it has."
+            )
         tokenizer.eos_token = args.eos_token
     if args.chat_template_path is not None:
         path = Path(args.chat_template_path)
-        if not path.is_file():
+        if path.suffix not in (".jinja", ".j2") or not path.is_file():
             raise ValueError(
-                f"chat_template_path={args.chat_template_path} is not a file. A template cloned from another model "
-                "adds tokens to the student; save student and tokenizer with it first, and leave the option out."
+                f"chat_template_path={args.chat_template_path!r} must be a .jinja or .j2 file. A template cloned from "
+                "another model adds tokens to the student; save student and tokenizer with it first, and leave the "
+                "option out."
             )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
@@ -108,4 +119,4 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if re.search(r"\{%-?\s*generation\s*-?%\}", own) else get_training_chat_template(tokenizer)
 
 
-__all__ = ["prepare_rows", "supervise_conversations"]
+__all__ = ["prepare_rows", "supervise_conversations", "with_options"]

@@ -116,14 +116,14 @@ def begin_anew(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         `np.ndarray`: bool, shape (largest id + 1,).
 
     Raises:
-        ValueError: there is none.
+        ValueError: none begins with white space.
     """
     pieces = Pieces.from_tokenizer(tokenizer)
     starts = np.fromiter((text[:1] in _WHITE_SPACE for text in pieces.table), dtype=bool, count=len(pieces.table))
-    if not (starts | pieces.special).any():
+    if not starts.any():
         raise ValueError(
-            f"The tokenizer {tokenizer.name_or_path!r} has no token that begins with white space and no special one: "
-            "set alm_debias=False."
+            f"No token of the tokenizer {tokenizer.name_or_path!r} begins with white space, so nothing tells where a "
+            "word ends: set alm_debias=False."
         )
     return starts | pieces.special
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -52,6 +54,13 @@ def test_quickstart_reports_everything(tmp_path: Path, capsys: pytest.CaptureFix
     assert "| A1 |" in capsys.readouterr().out
     with pytest.raises(FileExistsError, match="already holds a report"):
         quickstart.main(command)
+
+
+def test_several_processes_are_refused(tmp_path: Path) -> None:
+    training: Any = SimpleNamespace(world_size=2, output_dir=str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="one process, not in 2.*--num_processes 1"):
+        quickstart.run(quickstart.QuickstartArguments(), training)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])

@@ -90,6 +90,7 @@ def test_by_tokens_from_one_file(recipe: dict[str, Any], tmp_path: Path, capsys:
     assert stage is not None
     assert stage["teacher"] == recipe["source"] and stage["initial"] == recipe["bridge"]["checkpoint"]
     assert stage["objective"]["name"] == "alm" and stage["objective"]["alm_temperature"] == 100
+    assert stage["objective"]["alm_debias"] is True and stage["objective"]["alm_bias_threshold"] == 0.1
     assert stage["objective"]["cross_entropy_weight"] == 0.5  # the bridge's own default, not the recipe's 0
     assert stage["steps"] == 3 and stage["learning_rate"] == 2e-3
     assert chain[1].stage is not None and chain[1].stage["teacher"] == "bridge"
@@ -271,21 +272,70 @@ def test_missing_packages(
     assert not list(Path(recipe["output_dir"]).parent.glob("chain*"))
 
 
+TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+
+
+def write_conversations(recipe: dict[str, Any], *last: str) -> None:
+    """For a source that has a chat template and a student that has none; `last` are the roles of the last one."""
+    source = AutoTokenizer.from_pretrained(recipe["source"])
+    source.chat_template = TEMPLATE
+    source.save_pretrained(recipe["source"])
+    rng = random.Random(1)
+    roles = [("user", "assistant")] * 11 + [last or ("user", "assistant")]
+    rows = [[{"role": role, "content": sentence(rng)} for role in turns] for turns in roles]
+    Path(recipe["dataset"]).write_text("\n".join(json.dumps({"messages": turns}) for turns in rows))
+
+
 @pytest.mark.parametrize("method", ["alm", "sequence"])
 def test_conversations_without_a_template(recipe: dict[str, Any], method: str) -> None:
     """The source has one, the student not: found before the source is fine-tuned or answers."""
-    source = AutoTokenizer.from_pretrained(recipe["source"])
-    source.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    source.save_pretrained(recipe["source"])
-    rng = random.Random(1)
-    rows = [[{"role": role, "content": sentence(rng)} for role in ("user", "assistant")] for _ in range(12)]
-    Path(recipe["dataset"]).write_text("\n".join(json.dumps({"messages": turns}) for turns in rows))
+    write_conversations(recipe)
     recipe["bridge"] |= {"method": method, "supervised": {"max_steps": 1}}
     if method == "sequence":
         recipe["bridge"]["answers"] = {"max_new_tokens": 8}
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         build(recipe | {"data_format": "columns"})
     assert not list(Path(recipe["output_dir"]).parent.glob("chain*"))
+
+
+@pytest.mark.parametrize(
+    ("template", "last", "message"),
+    [
+        (TEMPLATE, [], None),
+        (None, [], "chat_template_path=.* must be a .jinja or .j2 file"),
+        ("{% for m in messages %}{{ m['content'] }}", [], "student's chat template refuses"),
+        (TEMPLATE, ["user"], "no assistant turn"),
+    ],
+    ids=["good", "absent", "broken", "bad row"],
+)
+def test_conversations_with_a_template_of_a_file(
+    recipe: dict[str, Any],
+    template: str | None,
+    last: list[str],
+    message: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rows are tried with it, and the build's own tokenizer is left to the trainer."""
+    write_conversations(recipe, *last)
+    if template is not None:
+        (tmp_path / "own.jinja").write_text(template)
+    recipe["bridge"] |= {
+        "supervised": {"max_steps": 1},
+        "training": {"chat_template_path": str(tmp_path / "own.jinja")},
+    }
+    reached = []
+
+    def make_bridge(*args: Any, **kwargs: Any) -> None:
+        reached.append(kwargs["tokenizer"])
+        raise InterruptedError
+
+    monkeypatch.setattr("cbd_hf.distillation.builder.make_bridge", make_bridge)
+    with pytest.raises(ValueError if message else InterruptedError, match=message):
+        build(recipe | {"data_format": "columns"})
+    assert [tokenizer.chat_template for tokenizer in reached] == ([] if message else [None])
+    if message:
+        assert not list(tmp_path.glob("chain*"))
 
 
 def test_answers_of_something_else(recipe: dict[str, Any]) -> None:

@@ -90,9 +90,9 @@ def test_formatting_function_and_finished_rows(tmp_path: Path) -> None:
 
 
 def test_mistakes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="eos_token='<none>' is not in"):
+    with pytest.raises(ValueError, match="eos_token='<none>' is no token of the student's tokenizer"):
         prepare_rows(answers_dataset(2), tiny_tokenizer(), training_config(tmp_path, eos_token="<none>"))
-    with pytest.raises(ValueError, match="is not a file"):
+    with pytest.raises(ValueError, match="chat_template_path=.* must be a .jinja or .j2 file"):
         prepare_rows(
             answers_dataset(2), tiny_tokenizer(), training_config(tmp_path, chat_template_path="Qwen/Qwen3-0.6B")
         )

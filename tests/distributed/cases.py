@@ -80,7 +80,10 @@ CASES = {
     "epochs_cached": Case(_EPOCH | {"sort_steps_by_length": False}, cache="top_k", rows=9, weights=True),
     # Rows of text, of which the second token already is in a span: blank ones must have none.
     "bridge": Case(_EPOCH | {"hidden_loss_weight": 0.5}, teacher="source", rows=13, weights=True),
-    "bridge_alm": Case(_EPOCH | {"method": "alm"}, student="untied", teacher="source", rows=13, weights=True),
+    # The tokenizers drop spaces, so no token says where a word ends.
+    "bridge_alm": Case(
+        _EPOCH | {"method": "alm", "alm_debias": False}, student="untied", teacher="source", rows=13, weights=True
+    ),
     "bridge_cached": Case(_EPOCH, teacher="source", cache="source_top_k", rows=9, weights=True),
 }
 

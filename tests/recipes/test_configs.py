@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+
+from cbd_hf import cli
 
 from ..test_clients import SENTENCES, make_target, write_lines
 
@@ -165,7 +168,6 @@ def test_launchers_are_those_of_the_docs() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_recipe(path: Path) -> None:
-    name = next(name for name in DATACLASSES if name.split()[0] == path.stem)
     source = path.read_text(encoding="utf-8")
     text = ast.get_docstring(ast.parse(source)) or ""
     assert re.search(r"^Hardware\b.*:", text, re.MULTILINE)
@@ -174,8 +176,29 @@ def test_recipe(path: Path) -> None:
         for word in command:
             assert not word.startswith("recipes/") or (ROOT / word).is_file(), word
     # recipes/evaluate.py must not be what `import evaluate` finds.
-    command = DATACLASSES[name][0].split("_")[0]
-    assert source.index("sys.path.pop(0)") < source.index(f"from cbd_hf.commands.{command} import")
+    assert source.index("sys.path.pop(0)") < source.index("from cbd_hf.cli import")
+    assert source.count(" import ") == 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("code", [0, 2])
+def test_recipe_is_a_command(path: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the command's exit code; a mistake is the command's one line."""
+    called: list[list[str]] = []
+
+    def main(arguments: list[str]) -> int:
+        called.append(arguments)
+        return code
+
+    monkeypatch.setattr(cli, "main", main)
+    monkeypatch.setattr(sys, "argv", [str(path), "--config", "a.yaml"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(path), run_name="__main__")
+    ((command, *arguments),) = called
+    assert stopped.value.code == code and arguments == ["--config", "a.yaml"]
+    name = next(name for name in DATACLASSES if name.split()[0] == path.stem)
+    assert cli.COMMANDS[command][0] == f"cbd_hf.commands.{DATACLASSES[name][0].split('_')[0]}"
 
 
 @pytest.mark.parametrize("recipe", ["evaluate.py", "build_chain.py"])

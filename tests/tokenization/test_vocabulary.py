@@ -63,9 +63,9 @@ def test_tokens_that_begin_anew(kind: str) -> None:
     assert not begins[(pieces.lengths == 0) & ~pieces.special].any()
 
 
-def test_no_token_that_begins_anew() -> None:
+def test_no_token_begins_with_white_space() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
-    with pytest.raises(ValueError, match="no token that begins with white space and no special one"):
+    with pytest.raises(ValueError, match="No token of the tokenizer .* begins with white space"):
         begin_anew(tokenizer)
 
 

@@ -19,8 +19,9 @@ from cbd_hf.distillation.bridge.recipe import answer_filters, answers_settings, 
 from cbd_hf.distillation.bridge.source_cache import collator_of
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.preparation import with_options
 from cbd_hf.tokenization.limits import Limits
-from cbd_hf.tokenization.vocabulary import VocabularyMap
+from cbd_hf.tokenization.vocabulary import VocabularyMap, begin_anew
 
 
 if TYPE_CHECKING:
@@ -100,10 +101,12 @@ def _check_tokens(
     config = bridge_training(training, bridge, "unused")
     if config.teacher_cache:
         TeacherCache.from_pretrained(config.teacher_cache).check(tokenizer=source_tokenizer)
+    tokenizer = with_options(tokenizer, config)
+    if config.make_span_objective().sees_ends:
+        for one in (tokenizer, source_tokenizer):
+            begin_anew(one)
     VocabularyMap.from_tokenizers(tokenizer, source_tokenizer)
-    collator = collator_of(config, tokenizer, source_tokenizer, limits)
-    if not config.chat_template_path:  # else the trainer gives the student its template
-        collator.encode(dataset[:_ROWS])
+    collator_of(config, tokenizer, source_tokenizer, limits).encode(dataset[:_ROWS])
 
 
 __all__ = ["check_pair"]

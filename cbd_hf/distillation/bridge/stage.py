@@ -134,7 +134,7 @@ def bridge_record(
     if config.method in ("mined", "overlap_kl"):
         objective |= {"divergence": config.objective, **config.make_objective().options}
     if config.method == "alm":
-        objective["alm_temperature"] = config.alm_temperature
+        objective |= {name: getattr(config, name) for name in ("alm_temperature", "alm_debias", "alm_bias_threshold")}
     if config.method == "uld":
         objective["uld_tokens"] = config.uld_tokens
     if config.hidden_loss_weight:

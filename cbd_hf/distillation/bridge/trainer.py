@@ -17,6 +17,7 @@ from cbd_hf.distillation.bridge.objectives import Vocabularies
 from cbd_hf.distillation.bridge.source_cache import SourceCache, collator_of, prepare_pairs
 from cbd_hf.distillation.bridge.spans import Alignment, followed, number_spans
 from cbd_hf.distillation.bridge.student import AlignedPredictions, BridgeStudentLoss
+from cbd_hf.distillation.preparation import with_options
 from cbd_hf.distillation.student import StudentLoss
 from cbd_hf.distillation.teacher import find_tokenizer, load_config, load_tokenizer, open_cache
 from cbd_hf.distillation.trainer import AnyDataset, StepwiseDistillationTrainer
@@ -105,7 +106,7 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
             Limits.of(_source_config(teacher_model, source, args)),
         )
         if data_collator is None:
-            _apply_token_options(processing_class, args)
+            processing_class = with_options(processing_class, args)
             data_collator = collator_of(args, processing_class, source, limits)
         for role, known, tokenizer in zip(("student", "source"), limits, (processing_class, source), strict=True):
             if known.tokens is not None:
@@ -120,6 +121,8 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
                 "The student's and the source's tokenizers share no token of ordinary text, so their vocabularies "
                 "cannot be compared: choose another source."
             )
+        sees_ends = args.make_span_objective().sees_ends
+        self._boundaries = (begin_anew(processing_class), begin_anew(source)) if sees_ends else None
         coverage = self.vocabulary_map.coverage()
         logger.info(
             "Shared tokens: %d, %.1f %% of the student's and %.1f %% of the source's.",
@@ -168,13 +171,10 @@ class BridgeDistillationTrainer(StepwiseDistillationTrainer):
         size = self.model.config.get_text_config().vocab_size
         if nearest is not None:
             nearest = np.where(nearest < size, nearest, -1)
-        objective = self.args.make_span_objective()
-        tokenizers = (collator.tokenizer, collator.source_tokenizer)
-        boundaries = tuple(map(begin_anew, tokenizers)) if objective.sees_ends else None
         return BridgeStudentLoss(
             student,
-            objective,
-            Vocabularies.of(self.vocabulary_map, size, self._source_vocab, nearest, boundaries),
+            self.args.make_span_objective(),
+            Vocabularies.of(self.vocabulary_map, size, self._source_vocab, nearest, self._boundaries),
             layers,
             self.args.hidden_loss_weight,
         )
@@ -287,25 +287,6 @@ def _check_collator(
                 f"{name}={getattr(args, name)!r} comes too late for a data_collator that is given: change its "
                 "tokenizer before the collator is made, or leave the collator out."
             )
-
-
-def _apply_token_options(tokenizer: PreTrainedTokenizerBase, args: BridgeDistillationConfig) -> None:
-    """`chat_template_path` and `eos_token`, which `SFTTrainer` applies only after the collator has been made."""
-    if args.eos_token is not None:
-        if args.eos_token not in tokenizer.get_vocab():
-            raise ValueError(
-                f"eos_token={args.eos_token!r} is no token of the student's tokenizer ({len(tokenizer)} tokens): "
-                "choose one that it has."
-            )
-        tokenizer.eos_token = args.eos_token
-    if args.chat_template_path is not None:
-        path = Path(args.chat_template_path)
-        if path.suffix not in (".jinja", ".j2") or not path.is_file():
-            raise ValueError(
-                f"chat_template_path={str(path)!r} must be a .jinja or .j2 file with a bridge, whose student keeps "
-                "its tokens: write the template into one."
-            )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
 
 
 def _source_config(
