@@ -89,7 +89,12 @@ def _method(argv: Sequence[str]) -> str | None:
     if "--method" in values:
         return values["--method"]
     if "--config" in values and Path(values["--config"]).is_file():
-        return (yaml.safe_load(Path(values["--config"]).read_text()) or {}).get("method")
+        content = yaml.safe_load(Path(values["--config"]).read_text(encoding="utf-8")) or {}
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{values['--config']} must hold `option: value` lines; it is a {type(content).__name__}."
+            )
+        return content.get("method")
     return None
 
 

@@ -66,7 +66,9 @@ def _begin(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
     check_output_directory(output)
     if RECIPE in names:
         changed = differences(json.loads((unfinished / RECIPE).read_text(encoding="utf-8")), recipe)
-        if changed:
+        if changed and not any(name.startswith(_CHECKPOINTS) for name in names):
+            atomic_write_text(unfinished / RECIPE, json.dumps(recipe, indent=1) + "\n")  # nothing is lost
+        elif changed:
             raise ValueError(
                 f"The training that was begun in {unfinished} differs from this one:\n  "
                 + "\n  ".join(changed)

@@ -107,7 +107,7 @@ class VocabularyMap:
 
 def begin_anew(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
     """
-    The tokens that surely begin something new: with white space, and special ones.
+    The tokens in front of which a word surely ends: those that begin with white space, and special ones.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): fast or slow.
@@ -116,11 +116,11 @@ def begin_anew(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         `np.ndarray`: bool, shape (largest id + 1,).
 
     Raises:
-        ValueError: none begins with white space.
+        ValueError: the tokenizer keeps no white space.
     """
     pieces = Pieces.from_tokenizer(tokenizer)
     starts = np.fromiter((text[:1] in _WHITE_SPACE for text in pieces.table), dtype=bool, count=len(pieces.table))
-    if not starts.any():
+    if pieces.kind == "word_piece" or not starts.any():
         raise ValueError(
             f"No token of the tokenizer {tokenizer.name_or_path!r} begins with white space, so nothing tells where a "
             "word ends: set alm_debias=False."

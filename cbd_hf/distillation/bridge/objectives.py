@@ -25,6 +25,7 @@ METHODS = ("alm", "mined", "overlap_kl", "uld")
 _LEAST_PROBABILITY = 1e-10
 LEAST_LOG = math.log(_LEAST_PROBABILITY)
 _LEAST_SUM = 1e-37  # just above what float32 has no number for
+_LARGEST_LOG = 1e4
 _LEAST_GAP = 1e-6  # of logarithms: between a span and its group; between ALM's probabilities and 1
 
 
@@ -302,7 +303,10 @@ def likelihood_matching(student: torch.Tensor, source: torch.Tensor, temperature
         `torch.Tensor`: shape (spans,).
     """
     # From above as published, where the gradient has a pole; not from below, where it is the student that is wrong.
-    log_q, log_p = ((value / temperature).clamp(max=-_LEAST_GAP) for value in (student, source))
+    # A source may rule a span out: 0 times infinity is no number.
+    log_q, log_p = (
+        (value / temperature).clamp(max=-_LEAST_GAP) for value in (student, source.clamp(min=-_LARGEST_LOG))
+    )
     p, against_q, against_p = log_p.exp(), torch.log(-torch.expm1(log_q)), torch.log(-torch.expm1(log_p))
     return (p * (log_p - log_q) + (1 - p) * (against_p - against_q)) * temperature
 

@@ -9,6 +9,10 @@ import torch
 import torch.nn.functional as F
 
 
+# Text without white space has no ends that a source expects, and a span's logits are all in memory at once.
+MOST_JOINED = 16
+
+
 @dataclass(frozen=True)
 class Alignment:
     """
@@ -89,7 +93,7 @@ def last_positions(spans: torch.Tensor, count: int) -> torch.Tensor:
 
 def join_spans(alignment: Alignment, boundaries: torch.Tensor, threshold: float) -> Alignment:
     """
-    Spans joined with those behind them until the source expects an end.
+    Spans joined with those behind them until the source expects an end, at most [`MOST_JOINED`] to one.
 
     A span of tokens says less than its text where the text could go on within a token: after "a b", " international"
     is not what a model has in mind when it gives " intern" a probability. Likelihoods of two models compare where the
@@ -112,7 +116,11 @@ def join_spans(alignment: Alignment, boundaries: torch.Tensor, threshold: float)
     following = torch.arange(1, alignment.count + 1, device=boundaries.device)
     touching = (alignment.spans[after] == following) & (alignment.source_spans[source_after] == following) & ended
     behind = boundaries[source_after]
-    joined = touching & (behind <= (math.log(threshold) if threshold else -torch.inf))
+    joined = touching & (behind <= math.log(threshold)) if threshold else torch.zeros_like(touching)
+    # Counted from where each joined span begins, so that the place in a batch does not matter.
+    places = following - 1
+    begins = F.pad(~joined, (1, 0), value=True)[:-1]
+    joined &= (places - torch.where(begins, places, 0).cummax(0).values + 1) % MOST_JOINED != 0
     numbers = F.pad((~joined).long().cumsum(0), (1, 0))[:-1]
     closing = (~joined).nonzero().flatten()
 
@@ -139,4 +147,4 @@ def _behind(spans: torch.Tensor, follows: torch.Tensor | None, count: int) -> tu
     return (last + 1).clamp(max=len(spans) - 1), there
 
 
-__all__ = ["Alignment", "followed", "join_spans", "last_positions", "number_spans"]
+__all__ = ["MOST_JOINED", "Alignment", "followed", "join_spans", "last_positions", "number_spans"]

@@ -64,7 +64,7 @@ def tiled_span_loss(
                     theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))
             own = Projection(head, None, low)
             spans = alignment
-            if objective.sees_ends:
+            if objective.sees_ends and objective.objective.cross_entropy_weight < 1:
                 ends = _source_boundaries(predictions, theirs, vocabularies, objective)
                 spans = join_spans(alignment, ends, objective.alm_bias_threshold)
             tiles = _Tiles(own, theirs, predictions, labels, spans, vocabularies, objective)
@@ -184,8 +184,11 @@ def _source_boundaries(
     begins = vocabularies.source_boundaries
     if begins is None:
         raise ValueError("alm_debias needs the tokens that begin anew: see `boundaries` of Vocabularies.")
-    if isinstance(predictions, SparsePredictions):  # as far as the cache knows
-        return _boundary_mass(predictions.log_probs, begins[predictions.token_ids]).clamp(min=LEAST_LOG)
+    if isinstance(predictions, SparsePredictions):
+        # The share among the kept tokens: the mass of the others is not known to be on either side.
+        known = predictions.log_probs
+        found = _boundary_mass(known, begins[predictions.token_ids]) - known.logsumexp(-1)
+        return found.clamp(min=LEAST_LOG)
     assert theirs is not None
     hidden, temperature = predictions.hidden, objective.objective.temperature
     found = hidden.new_zeros(len(hidden), dtype=torch.float32)

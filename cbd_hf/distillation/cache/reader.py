@@ -223,8 +223,9 @@ class TeacherCache:
         manifest, settings = self.manifest, self.manifest.settings
         if tokenizer is not None and tokenizer_digest(tokenizer) != manifest.tokenizer_digest:
             raise ValueError(
-                f"The teacher cache {self.directory} was made with another vocabulary than the student's tokenizer "
-                f"({len(tokenizer)} tokens). Make a cache with a teacher of the student's tokenizer."
+                f"The teacher cache {self.directory} was made with another vocabulary than this tokenizer "
+                f"({tokenizer.name_or_path!r}, {len(tokenizer)} tokens). Give the tokenizer of the cache's teacher "
+                f"({manifest.teacher.name!r}), or make a cache with the right teacher."
             )
         if temperature is not None and temperature != settings.temperature:
             raise ValueError(

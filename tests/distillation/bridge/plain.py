@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from cbd_hf.distillation.bridge.objectives import SpanObjective, Vocabularies
-from cbd_hf.distillation.bridge.spans import Alignment
+from cbd_hf.distillation.bridge.spans import MOST_JOINED, Alignment
 from cbd_hf.tokenization.vocabulary import VocabularyMap
 
 from ..helpers import cross_entropy, plain_divergence
@@ -121,7 +121,8 @@ def expected_loss(
         known = torch.zeros_like(p).scatter(-1, p.topk(k).indices, 1.0)
     part = student.sum() * 0
     matched = set()
-    for here, there, ends in _spans(q, p * known, alignment, vocabularies, objective):
+    shares = p * known / (p * known).sum(-1, keepdim=True)
+    for here, there, ends in _spans(q, shares, alignment, vocabularies, objective):
         span_q, span_p = math.prod(own[i] for i in here), math.prod(others[i] for i in there)
         first, other = here[0], there[0]
         if objective.method == "alm":
@@ -170,6 +171,7 @@ def _spans(
         for numbers, known in zip(sides, (alignment.follows, alignment.source_follows), strict=True)
     ]
     before: list[list[int]] = [[], []]
+    joined = 0
     for span in range(alignment.count):
         now = [[i for i, number in enumerate(numbers) if number == span] for numbers in sides]
         before = [first + more for first, more in zip(before, now, strict=True)]
@@ -187,10 +189,11 @@ def _spans(
                 )
                 ends = (ends[0], ends[1].clamp(min=LEAST))
                 next_one = all(numbers[place] == span + 1 for place, numbers in zip(after, sides, strict=True))
-                if next_one and ends[1] <= objective.alm_bias_threshold:
+                joined += 1
+                if next_one and ends[1] <= objective.alm_bias_threshold and joined % MOST_JOINED:
                     continue
         yield before[0], before[1], ends
-        before = [[], []]
+        before, joined = [[], []], 0
 
 
 def _alm(q: torch.Tensor, p: torch.Tensor, temperature: float) -> torch.Tensor:

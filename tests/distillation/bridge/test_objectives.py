@@ -11,7 +11,7 @@ import torch
 
 from cbd_hf.distillation import tiles
 from cbd_hf.distillation.bridge.objectives import SpanObjective, Vocabularies, likelihood_matching
-from cbd_hf.distillation.bridge.spans import Alignment, join_spans
+from cbd_hf.distillation.bridge.spans import MOST_JOINED, Alignment, join_spans
 from cbd_hf.distillation.bridge.tiles import tiled_span_loss
 from cbd_hf.distillation.objectives import DIVERGENCES, Objective
 from cbd_hf.distillation.predictions import DensePredictions, Head, Predictions, SparsePredictions
@@ -211,8 +211,47 @@ def test_joined_spans() -> None:
     assert joined.ended is not None and joined.ended.tolist() == [True, True, False, False]
     assert joined.source_ends is not None
     torch.testing.assert_close(joined.source_ends.exp(), torch.tensor([0.3, 0.05, 1.0, 1.0]))
-    none = join_spans(single, ends, 0.0)
-    assert none.count == 7 and torch.equal(none.spans, spans)
+    for impossible in (ends, torch.full_like(ends, -torch.inf)):
+        none = join_spans(single, impossible, 0.0)
+        assert none.count == 7 and torch.equal(none.spans, spans)
+
+
+@pytest.mark.parametrize("before", [0, 3])
+def test_no_more_spans_are_joined(before: int) -> None:
+    """In text without white space, wherever it begins in a batch."""
+    count = 2 * MOST_JOINED + 5
+    spans = torch.arange(before + count)
+    ends = torch.full((before + count,), 1e-3)
+    ends[1 : before + 1] = 1.0  # behind a span is the next position
+    joined = join_spans(Alignment(spans, spans, spans, len(spans)), ends.log(), 0.1)
+    sizes = torch.bincount(joined.spans).tolist()
+    assert sizes[:before] == [1] * before and sizes[before:] == [MOST_JOINED, MOST_JOINED, 5]
+
+
+def test_ends_from_a_cache_are_not_less_likely() -> None:
+    """A student that agrees with the source learns next to nothing from what a cache leaves out."""
+    vocab, positions, k = 3000, 40, 64
+    ids = np.arange(vocab)
+    begins = ids % 3 == 0
+    vocabularies = Vocabularies.of(VocabularyMap(ids, ids, ids, ids), vocab, vocab, None, (begins, begins))
+    generator = torch.Generator().manual_seed(0)
+    order = torch.stack([torch.randperm(vocab, generator=generator) for _ in range(positions)])
+    logits = -torch.log1p(order.float())  # Zipf's law: 64 tokens have a bit more than half
+    labels = logits.topk(3).indices[:, 2]
+    alignment = Alignment(torch.arange(positions), torch.arange(positions), labels, positions)
+    predictions = predictions_of(logits, logits, Head(), alignment, k, 1.0)
+    assert isinstance(predictions, SparsePredictions) and 0.4 < float(predictions.tail.exp().mean())  # type: ignore[union-attr]
+    student = logits.clone().requires_grad_()
+    objective = SpanObjective("alm", Objective("forward_kl"))
+    total, _ = tiled_span_loss(student, Head(), predictions, labels, alignment, vocabularies, objective)
+    assert float(total.detach()) < 0.005 * positions
+
+
+def test_a_source_that_rules_a_span_out() -> None:
+    student = torch.tensor([-2.0], requires_grad=True)
+    value = likelihood_matching(student, torch.tensor([-torch.inf]), 100.0).sum()
+    value.backward()
+    assert torch.isfinite(value) and value > 0 and torch.isfinite(student.grad).all()  # type: ignore[arg-type]
 
 
 def same_vocabularies(vocab: int = STUDENT_VOCAB) -> Vocabularies:
