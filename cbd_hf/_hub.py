@@ -104,7 +104,7 @@ def anchor_directory(
     """
     directory = local_directory(
         path_or_repo,
-        what="Anchor",
+        what="Checkpoint",
         allow_patterns=(*SMALL_FILE_PATTERNS, *WEIGHT_PATTERNS),
         # Only the top of the repository: other formats of the same weights often lie in folders beside it, and
         # Mistral-style repositories hold a second copy in "consolidated" files.

@@ -22,6 +22,9 @@ other methods compare the two models token by token. Run the same command again 
 """
 
 
+_NO_OUTPUT = "trainer_output"  # what TrainingArguments makes of none
+
+
 @dataclass
 class AnswerArguments:
     """Which model, and on what."""
@@ -73,6 +76,11 @@ def train(argv: Sequence[str]) -> None:
         usage="cbd bridge train --model M --source S --dataset D --output_dir O [--method alm|...|sequence] ...",
         description=_DESCRIPTION,
     )
+    if on_answers and "--source" in argv:
+        raise ValueError(
+            f"--source has no place in --method {SEQUENCE}: the answers of `cbd bridge generate` stand for it. Give "
+            "them as --dataset, and leave --source out."
+        )
     args, config, *filters = parser.parse_args_and_config(args=list(argv))
     if on_answers:
         run_on_answers(args, config, *filters)
@@ -235,6 +243,8 @@ def _prepared(config: Any) -> Path:
     """The output's directory; `config.output_dir` is from now on for unfinished work."""
     from cbd_hf.distillation.unfinished import check_unused, unfinished_directory
 
+    if config.output_dir == _NO_OUTPUT:
+        raise ValueError("output_dir is needed: give --output_dir.")
     output = Path(config.output_dir)
     check_unused(output)
     config.output_dir = str(unfinished_directory(output))

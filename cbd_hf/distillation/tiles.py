@@ -169,7 +169,7 @@ class Gradients:
         needs (`Needs`): which of hidden states, weight and bias need one.
 
     Attributes:
-        found (`list[torch.Tensor]`): float32, in this order; `None` where none is needed.
+        found (`list[torch.Tensor | None]`): float32, in this order; `None` where none is needed.
     """
 
     def __init__(self, hidden: torch.Tensor, head: Head, needs: Needs) -> None:

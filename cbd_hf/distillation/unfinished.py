@@ -63,6 +63,11 @@ def _begin(output: Path, recipe: dict[str, Any]) -> dict[str, Any] | None:
             if RECIPE in names or all(name.startswith(_CHECKPOINTS) for name in names):
                 shutil.rmtree(unfinished, ignore_errors=True)  # killed while it removed it
             return record
+        raise FileExistsError(
+            f"{output} holds a finished training that differs from this one:\n  "
+            + "\n  ".join(differences(record.get("recipe") or {}, recipe))
+            + "\nChoose another output_dir."
+        )
     check_output_directory(output)
     if RECIPE in names:
         changed = differences(json.loads((unfinished / RECIPE).read_text(encoding="utf-8")), recipe)

@@ -113,8 +113,27 @@ def test_goes_on_only_with_what_was_begun(
     bridge(*run)  # finished: nothing but the leftovers to remove
     assert not unfinished.exists() and own.read_text() == "mine"
     assert json.loads(capsys.readouterr().out.rpartition(f"{tmp_path / 'out'}: ")[2])["tokens"] == record["tokens"]
-    with pytest.raises(FileExistsError, match="out"):
+    with pytest.raises(FileExistsError, match="(?s)finished training.*cross_entropy_weight: was 0.5, is 0.9"):
         bridge(*run, "--cross_entropy_weight", "0.9")
+
+
+def test_a_mistake_leaves_nothing_that_refuses_the_next(words: list[str], tmp_path: Path) -> None:
+    run = ["train", *words, "--output_dir", tmp_path / "out", *OPTIONS]
+    with pytest.raises(ValueError, match="max_length=99999 is more than"):
+        bridge(*run, "--max_length", "99999")
+    bridge(*run)
+    assert json.loads((tmp_path / "out" / "cbd_bridge.json").read_text())["steps"] == 2
+
+
+def test_what_is_missing_or_too_much(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="output_dir is needed"):
+        bridge("train", *words, *OPTIONS)
+    with pytest.raises(ValueError, match="--source has no place in --method sequence"):
+        bridge("train", *words, "--output_dir", tmp_path / "out", "--method", "sequence")
+    (tmp_path / "list.yaml").write_text("- method\n")
+    with pytest.raises(ValueError, match="list.yaml must hold `option: value` lines; it is a list"):
+        bridge("train", *words, "--output_dir", tmp_path / "out", "--config", tmp_path / "list.yaml")
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
 
 
 def test_an_own_directory_of_that_name_is_left_alone(words: list[str], tmp_path: Path) -> None:
