@@ -95,9 +95,9 @@ def join_spans(alignment: Alignment, boundaries: torch.Tensor, threshold: float)
     """
     Spans joined with those behind them until the source expects an end, at most [`MOST_JOINED`] to one.
 
-    A span of tokens says less than its text where the text could go on within a token: after "a b", " international"
-    is not what a model has in mind when it gives " intern" a probability. Likelihoods of two models compare where the
-    text surely ends, in front of white space or a special token (arXiv 2503.20083, debiasing of chunks' ends).
+    A model that writes " international" as one token gives the token " intern" little, however likely that text is.
+    Likelihoods of two models compare where the text surely ends, in front of white space or a special token (arXiv
+    2503.20083, debiasing of chunks' ends).
 
     Args:
         alignment ([`Alignment`]): of single spans.
