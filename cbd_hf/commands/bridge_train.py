@@ -76,7 +76,7 @@ def train(argv: Sequence[str]) -> None:
         usage="cbd bridge train --model M --source S --dataset D --output_dir O [--method alm|...|sequence] ...",
         description=_DESCRIPTION,
     )
-    if on_answers and "--source" in argv:
+    if on_answers and any(argument.split("=", 1)[0] == "--source" for argument in argv):
         raise ValueError(
             f"--source has no place in --method {SEQUENCE}: the answers of `cbd bridge generate` stand for it. Give "
             "them as --dataset, and leave --source out."

@@ -130,6 +130,10 @@ def test_what_is_missing_or_too_much(words: list[str], tmp_path: Path) -> None:
         bridge("train", *words, *OPTIONS)
     with pytest.raises(ValueError, match="--source has no place in --method sequence"):
         bridge("train", *words, "--output_dir", tmp_path / "out", "--method", "sequence")
+    with pytest.raises(ValueError, match="--source has no place in --method sequence"):
+        bridge(
+            "train", "--model=m", "--source=s", "--dataset=d", f"--output_dir={tmp_path / 'out'}", "--method=sequence"
+        )
     (tmp_path / "list.yaml").write_text("- method\n")
     with pytest.raises(ValueError, match="list.yaml must hold `option: value` lines; it is a list"):
         bridge("train", *words, "--output_dir", tmp_path / "out", "--config", tmp_path / "list.yaml")

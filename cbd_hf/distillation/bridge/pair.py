@@ -104,7 +104,7 @@ def _check_tokens(
     tokenizer = with_options(tokenizer, config)
     if config.make_span_objective().sees_ends:
         for one in (tokenizer, source_tokenizer):
-            begin_anew(one)
+            begin_anew(one)  # raises if it cannot
     VocabularyMap.from_tokenizers(tokenizer, source_tokenizer)
     collator_of(config, tokenizer, source_tokenizer, limits).encode(dataset[:_ROWS])
 

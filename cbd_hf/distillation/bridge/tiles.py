@@ -57,14 +57,14 @@ def tiled_span_loss(
 
     def work(head: Head, hidden: torch.Tensor, needs: Needs, low: bool) -> Outcome:
         opened = predictions.open_head() if isinstance(predictions, DensePredictions) else nullcontext(None)
+        compares = objective.objective.cross_entropy_weight < 1
         with opened as source:
             theirs = None
-            if isinstance(predictions, DensePredictions) and source is not None:
-                if objective.objective.cross_entropy_weight < 1:
-                    theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))
+            if compares and source is not None and isinstance(predictions, DensePredictions):
+                theirs = Projection(source, None, low or multiplies_in_bfloat16(predictions.hidden))
             own = Projection(head, None, low)
             spans = alignment
-            if objective.sees_ends and objective.objective.cross_entropy_weight < 1:
+            if compares and objective.sees_ends:
                 ends = _source_boundaries(predictions, theirs, vocabularies, objective)
                 spans = join_spans(alignment, ends, objective.alm_bias_threshold)
             tiles = _Tiles(own, theirs, predictions, labels, spans, vocabularies, objective)
