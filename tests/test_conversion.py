@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
@@ -312,7 +313,7 @@ def measure_reading(directory: str) -> None:
 
 
 def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
-    """In a process of its own: what malloc keeps depends on all that was before."""
+    """In a process of its own, whose malloc gives back what is freed: what it keeps varies from run to run."""
     config = AutoConfig.for_model(
         "qwen3_moe", **SIZES | MOE | {"hidden_size": 512, "num_experts": 16, "moe_intermediate_size": 512}
     )
@@ -323,11 +324,14 @@ def test_memory_is_that_of_one_tensor(tmp_path: Path) -> None:
     assert total > 3 * largest
     code = f"from tests.test_conversion import measure_reading; measure_reading({str(tmp_path)!r})"
     root = Path(__file__).parents[1]
-    made = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    malloc = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    made = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, env=os.environ | malloc, capture_output=True, text=True
+    )
     if "Skipped" in made.stderr:
         pytest.skip("the peak of resident memory cannot be measured here")
     assert made.returncode == 0, made.stderr
     everything, experts = json.loads(made.stdout.splitlines()[-1])
     # Stacking all at once takes three times the largest, and keeping the file's pages its whole size.
-    assert largest < everything < 2 * largest
-    assert largest / 16 < experts < 0.8 * largest
+    assert largest < everything < 1.4 * largest
+    assert largest / 16 < experts < 0.4 * largest
