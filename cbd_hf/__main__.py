@@ -1,9 +1,7 @@
 """`python -m cbd_hf` is `cbd`."""
 
-import sys
-
-from cbd_hf.cli import main
+from cbd_hf.cli import run
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -8,8 +8,10 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from cbd_hf import __version__
+from cbd_hf._ending import run_and_end
 
 
 # Subcommand -> (module with `main(argv)`, one line of help).
@@ -87,6 +89,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """
+    Run `cbd <command> ...` as the whole of this process.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): the arguments; by default those of the process.
+
+    Raises:
+        SystemExit: with what [`main`] returns.
+    """
+    run_and_end(lambda: main(argv))
+
+
 def _is_mistake(error: Exception) -> bool:
     yaml = sys.modules.get("yaml")  # imported by whoever has read a file
     return isinstance(error, _EXPECTED) or (yaml is not None and isinstance(error, yaml.YAMLError))
@@ -102,4 +117,4 @@ def _separate_config(arguments: list[str]) -> list[str]:
     return separated
 
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "run"]

@@ -17,6 +17,6 @@ if __name__ == "__main__":
     if not sys.flags.safe_path:
         sys.path.pop(0)  # this folder, whose evaluate.py would hide the `evaluate` library
 
-    from cbd_hf.cli import main
+    from cbd_hf.cli import run
 
-    sys.exit(main(["finetune", *sys.argv[1:]]))
+    run(["finetune", *sys.argv[1:]])

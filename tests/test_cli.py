@@ -148,7 +148,7 @@ def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_module_and_entry_point(tmp_path: Path) -> None:
     (entry,) = entry_points(group="console_scripts", name="cbd")
-    assert entry.load() is cli.main
+    assert entry.load() is cli.run
     command = [sys.executable, "-m", "cbd_hf", "inspect", str(tmp_path / "absent")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and not done.stdout

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from cbd_hf import StepwiseDistillationConfig, StepwiseDistillationTrainer
+from cbd_hf._ending import run_and_end
 from cbd_hf.distillation.bridge.config import BridgeDistillationConfig
 from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
 from cbd_hf.distillation.heads import decoder_layers
@@ -203,7 +204,7 @@ def kind_of(trainer: Any) -> str:
     return "fsdp2" if all(sharded) else "mixed" if any(sharded) else "single"
 
 
-def main(path: Path) -> None:
+def main(path: Path) -> int:
     plan = json.loads(path.read_text())
     allow_fsdp_on_cpu()
     gc.freeze()  # what is imported; accelerate collects after every training
@@ -219,7 +220,8 @@ def main(path: Path) -> None:
     if PartialState().is_main_process:
         (Path(plan["output"]) / "results.json").write_text(json.dumps(results, indent=1))
     PartialState().wait_for_everyone()
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_and_end(lambda: main(Path(sys.argv[1])))

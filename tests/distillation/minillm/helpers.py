@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
+from cbd_hf._ending import run_and_end
 from cbd_hf.distillation.minillm.config import MiniLLMConfig
 from cbd_hf.distillation.minillm.trainer import MiniLLMTrainer
 
@@ -90,7 +91,7 @@ def make_material(directory: Path) -> None:
         model.save_pretrained(directory / name)
 
 
-def save_trained(material: str, output: str, micro_batch: int, accumulation: int) -> None:
+def save_trained(material: str, output: str, micro_batch: int, accumulation: int) -> int:
     """Two steps, each on samples of its own; the student goes to `output`."""
     trainer = make_trainer(
         f"{output}-trainer",
@@ -107,6 +108,7 @@ def save_trained(material: str, output: str, micro_batch: int, accumulation: int
     )
     trainer.train()
     trainer.save_anchor(output)
+    return 0
 
 
 if __name__ == "__main__":
@@ -116,4 +118,5 @@ if __name__ == "__main__":
     parser.add_argument("--micro_batch", type=int)
     parser.add_argument("--accumulation", type=int)
     torch.set_num_threads(1)
-    save_trained(**vars(parser.parse_args()))
+    arguments = vars(parser.parse_args())
+    run_and_end(lambda: save_trained(**arguments))
