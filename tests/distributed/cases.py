@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE, Model, WordLevel
+from tokenizers.pre_tokenizers import Metaspace, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
+
+from cbd_hf.tokenization.pieces import LOW_LINE
 
 from ..models import VOCAB, random_model, tiny_config, tiny_tokenizer, words
 
@@ -31,6 +33,7 @@ class Case:
         weights (`bool`): keep the final weights.
         sharded (`bool`): possible where gradients are sharded (DeepSpeed, FSDP).
         watch (`bool`): count the teacher's elements on the main process.
+        spaced (`bool`): both tokenizers keep spaces.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class Case:
     weights: bool = False
     sharded: bool = True
     watch: bool = False
+    spaced: bool = False
 
     @property
     def bridge(self) -> bool:
@@ -84,6 +88,10 @@ CASES = {
     "bridge_alm": Case(
         _EPOCH | {"method": "alm", "alm_debias": False}, student="untied", teacher="source", rows=13, weights=True
     ),
+    # A threshold that joins some spans and not others, up to the end of their row.
+    "bridge_alm_joined": Case(
+        _EPOCH | {"method": "alm", "alm_bias_threshold": 0.4}, teacher="source", rows=13, weights=True, spaced=True
+    ),
     "bridge_cached": Case(_EPOCH, teacher="source", cache="source_top_k", rows=9, weights=True),
 }
 
@@ -98,14 +106,35 @@ def make_dataset(rows: int = 16) -> Dataset:
     return Dataset.from_list(examples)
 
 
-def source_tokenizer() -> PreTrainedTokenizerFast:
-    """Words of [`tiny_tokenizer`] in pieces: `w1` to `w5`, which both share, and single digits."""
-    pieces = ["<end of text>", "<unknown>", "w", *map(str, range(10)), *(f"w{digit}" for digit in range(1, 6))]
-    merges = [("w", str(digit)) for digit in range(1, 6)]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+def student_tokenizer(spaced: bool) -> PreTrainedTokenizerFast:
+    """[`tiny_tokenizer`], or one with the same ids whose words begin with a space."""
+    plain = tiny_tokenizer()
+    if not spaced:
+        return plain
+    words = {f"{LOW_LINE}{word}" if word[0] == "w" else word: index for word, index in plain.get_vocab().items()}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_spaced(WordLevel(words, unk_token="<unk>")), eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+def source_tokenizer(spaced: bool = False) -> PreTrainedTokenizerFast:
+    """Words of [`student_tokenizer`] in pieces: `w1` to `w5`, which both share, and single digits."""
+    first = f"{LOW_LINE}w" if spaced else "w"
+    pieces = ["<end of text>", "<unknown>", "w", *map(str, range(10)), *(f"{first}{digit}" for digit in range(1, 6))]
+    pieces += [LOW_LINE, first] * spaced
+    merges = [(LOW_LINE, "w")] * spaced + [(first, str(digit)) for digit in range(1, 6)]
+    model = BPE({piece: index for index, piece in enumerate(pieces)}, merges, unk_token="<unknown>")
+    tokenizer = _spaced(model) if spaced else Tokenizer(model)
+    if not spaced:
+        tokenizer.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end of text>", unk_token="<unknown>")
+
+
+def _spaced(model: Model) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer
 
 
 def make_text(rows: int = 16) -> Dataset:

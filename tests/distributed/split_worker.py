@@ -32,8 +32,7 @@ from cbd_hf.distillation.bridge.trainer import BridgeDistillationTrainer
 from cbd_hf.distillation.heads import decoder_layers
 from cbd_hf.distillation.stages import own_deepspeed
 
-from ..models import tiny_tokenizer
-from .cases import CASES, Case, make_dataset, make_text, source_tokenizer
+from .cases import CASES, Case, make_dataset, make_text, source_tokenizer, student_tokenizer
 
 
 class _Gradient(TrainerCallback):
@@ -105,8 +104,8 @@ def make_trainer(case: Case, directory: Path, material: Path, micro_batch: int, 
         None if case.cache else str(material / case.teacher),
         args,
         train_dataset=make_text(case.rows) if case.bridge else make_dataset(case.rows),
-        processing_class=tiny_tokenizer(),
-        teacher_processing_class=source_tokenizer() if case.bridge else None,
+        processing_class=student_tokenizer(case.spaced),
+        teacher_processing_class=source_tokenizer(case.spaced) if case.bridge else None,
         callbacks=[gradient],
         peft_config=peft_config,
     )
