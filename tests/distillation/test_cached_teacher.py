@@ -117,7 +117,7 @@ def test_evaluation_of_datasets_that_come_later(made: Path, tmp_path: Path) -> N
     assert cached.evaluate({"late": part})["eval_late_loss"] == pytest.approx(expected, rel=1e-4)
     assert cached.predict(part).metrics["test_loss"] == pytest.approx(expected, rel=1e-4)
     foreign = make_trainer(tmp_path, answers_dataset(4, seed=5)).train_dataset
-    with pytest.raises(ValueError, match="4 of 4 rows are not in the teacher cache"):
+    with pytest.raises(ValueError, match="4 of 4 rows are not in the teacher cache.*`cbd cache --append true`"):
         cached.evaluate(foreign)
 
 

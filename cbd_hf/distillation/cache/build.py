@@ -242,8 +242,8 @@ def _start(
             if not append:
                 raise ValueError(
                     f"The teacher cache {directory} is of {', '.join(record.name for record in manifest.data)}, whose "
-                    f"prepared rows are not those of {name}. Add these with append (`cbd cache --append true`), or "
-                    "choose another output_dir."
+                    f"prepared rows are not those of {name}. Add these with append "
+                    f"(`{manifest.command} --append true`), or choose another output_dir."
                 )
             manifest.data.append(data)
         remove_leftovers(directory)

@@ -145,6 +145,11 @@ class CacheManifest:
         return sum(shard.bytes for shard in self.shards)
 
     @property
+    def command(self) -> str:
+        """What makes such a cache: a bridge needs the labels."""
+        return "cbd bridge cache" if self.settings.labels else "cbd cache"
+
+    @property
     def vocab_size(self) -> int:
         """How many tokens the probabilities are over."""
         return self.settings.vocab_size or self.teacher.vocab_size

@@ -116,7 +116,8 @@ class TeacherCache:
                 f"{len(missing)} of {len(keys)} rows are not in the teacher cache {self.directory} (first: {first}), "
                 f"which holds {len(self):,} rows of {names}. Rows are found by their tokens and supervised positions: "
                 "prepare them as for the cache (same tokenizer, max_length, packing with its seed, "
-                "completion_only_loss), or add them with `cbd cache --append true` and those options."
+                "completion_only_loss), or add them with "
+                f"`{self.manifest.command} --append true` and those options."
             )
         return found.tolist()
 
@@ -191,7 +192,8 @@ class TeacherCache:
                 self._open[number] = _Shard(path)
             except Exception as error:
                 raise ValueError(
-                    f"Shard {path} cannot be read ({error}). Copy the cache again, or make it anew with `cbd cache`."
+                    f"Shard {path} cannot be read ({error}). Copy the cache again, or make it anew with "
+                    f"`{self.manifest.command}`."
                 ) from error
             if len(self._open) > _OPEN_SHARDS:
                 self._open.popitem(last=False)
@@ -231,7 +233,7 @@ class TeacherCache:
             raise ValueError(
                 f"temperature={temperature} of the loss is not that of the teacher cache {self.directory} "
                 f"({settings.temperature}). Set temperature={settings.temperature}, or make another cache with "
-                f"`cbd cache --temperature {temperature}`."
+                f"`{manifest.command} --temperature {temperature}`."
             )
         if objective is not None and settings.variant == "sampled" and objective not in UNBIASED_OBJECTIVES:
             raise ValueError(
@@ -241,7 +243,7 @@ class TeacherCache:
             )
         if hidden and settings.hidden is None:
             raise ValueError(
-                f"The teacher cache {self.directory} has no hidden states. Make one with `cbd cache --hidden "
+                f"The teacher cache {self.directory} has no hidden states. Make one with `{manifest.command} --hidden "
                 "float16`, or leave hidden-state matching out."
             )
         if teacher is not None and weights_digest(teacher) != manifest.teacher.sha256:

@@ -91,7 +91,7 @@ def test_evaluation(made: Path, tmp_path: Path) -> None:
 
 
 def test_rows_that_are_not_in_the_cache(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="rows are not in the teacher cache"):
+    with pytest.raises(ValueError, match="rows are not in the teacher cache.*`cbd bridge cache --append true`"):
         make_trainer(tmp_path, make_dataset(seed=5), teacher_cache=str(made / "whole"))
 
 
