@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from cbd_hf._trl import GKDTrainer
 from cbd_hf.data.columns import EXAMPLE_ID
-from cbd_hf.distillation.batching import BLANK, is_blank
+from cbd_hf.distillation.batching import BLANK, first_rows, is_blank
 from cbd_hf.distillation.checkpoints import last_complete_checkpoint, last_written_checkpoint
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.guards import LossGuard
@@ -123,6 +123,17 @@ class AccountingTrainer(GKDTrainer):
             total, _, _, tokens, _ = self.accelerator.reduce(self._sums["eval"], "sum").tolist()
             output.metrics[f"{metric_key_prefix}_loss"] = total / max(tokens, 1)
         return output
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The last batch of an evaluation without the labels of rows that accelerate has repeated to fill it up."""
+        state = self.accelerator.gradient_state
+        if not (state.in_dataloader and state.end_of_dataloader and state.remainder > 0):
+            return inputs
+        replica = self.accelerator.process_index // (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
+        rows = len(inputs["labels"])
+        left = max(state.remainder - replica * rows, 0)  # processes have their rows one behind the other
+        # Padding-free rows lie in one.
+        return first_rows(inputs, left) if left < rows and "attention_mask" in inputs else inputs
 
     def _count(self, parts: LossParts, tokens: int, seen: torch.Tensor | int) -> None:
         """Add to the sums that the next log divides; kept on the device until then."""

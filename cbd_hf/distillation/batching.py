@@ -148,6 +148,16 @@ def split_batch(batch: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     return [{name: part(name, value, *bound) for name, value in batch.items()} for bound in bounds]
 
 
+def first_rows(batch: dict[str, Any], count: int) -> dict[str, Any]:
+    """A padded batch from a [`DistillationCollator`] in which only its first rows, `count` many, have labels."""
+    sides = [name for name in _LABELS if name in batch]
+    cached = int(supervised_positions(batch[sides[-1]])[:count].sum())
+    cut: dict[str, Any] = {name: batch[name].clone() for name in sides}
+    for labels in cut.values():
+        labels[count:] = IGNORED
+    return batch | cut | {name: value[:cached] for name, value in batch.items() if name.startswith(TEACHER_PREFIX)}
+
+
 def _needed_lengths(labels: torch.Tensor) -> list[int]:
     """Columns of each row up to its last supervised token."""
     positions = torch.arange(1, labels.shape[1] + 1, device=labels.device)
@@ -303,6 +313,7 @@ __all__ = [
     "DistillationCollator",
     "StepSampler",
     "fills_steps",
+    "first_rows",
     "has_blank_row",
     "is_blank",
     "number_examples",

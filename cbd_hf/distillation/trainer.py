@@ -379,7 +379,7 @@ class StepwiseDistillationTrainer(AccountingTrainer):
 
         With several processes the loss is multiplied by their number, since their gradients are averaged.
         """
-        inputs = dict(inputs)
+        inputs = dict(inputs) if self.model.training else self._without_repeated(dict(inputs))
         blank = is_blank(inputs)
         labels, _ = inputs.pop("labels"), inputs.pop(EXAMPLE_ID, None)
         cached = {name: inputs.pop(name) for name in list(inputs) if name.startswith(TEACHER_PREFIX)}

@@ -74,6 +74,7 @@ def make_trainer(case: Case, directory: Path, material: Path, micro_batch: int, 
     options = {
         "output_dir": str(directory),
         "per_device_train_batch_size": micro_batch,
+        "per_device_eval_batch_size": micro_batch,
         "gradient_accumulation_steps": accumulation,
         "max_steps": 1,
         "logging_steps": 1,
@@ -123,6 +124,9 @@ def run(name: str, material: Path, output: Path, micro_batch: int, accumulation:
             watched["after"] = sum(_elements(parameter) for parameter in trainer.teacher.parts.model.parameters())
         logged = [entry for entry in trainer.state.log_history if "loss" in entry]
         state = trainer.accelerator.get_state_dict(trainer.model_wrapped) if CASES[name].weights else {}
+        kind = kind_of(trainer)  # FSDP leaves what an evaluation needed last whole
+        # An odd number of rows, which accelerate fills up with others.
+        metrics = trainer.evaluate(trainer.train_dataset) if CASES[name].weights else {}
     if PartialState().is_main_process:
         save_file(gradient.values, output.with_suffix(".gradient.safetensors"))
         if state:
@@ -131,12 +135,13 @@ def run(name: str, material: Path, output: Path, micro_batch: int, accumulation:
                 output.with_suffix(".weights.safetensors"),
             )
     norm = torch.stack([value.double().square().sum() for value in gradient.values.values()]).sum().sqrt()
-    found = {"kind": kind_of(trainer), "processes": trainer.accelerator.num_processes, "norm": float(norm)}
+    found = {"kind": kind, "processes": trainer.accelerator.num_processes, "norm": float(norm)}
     if watched:
         found["teacher"] = watched
     return (
         found
         | {"loss": [entry["loss"] for entry in logged]}
+        | {key: [metrics[key]] for key in ("eval_loss", "eval_divergence", "eval_align_ratio") if key in metrics}
         | {
             key: [entry[key] for entry in logged]
             for key in ("divergence", "hidden_loss", "num_tokens", "align_ratio", "span_ratio")
