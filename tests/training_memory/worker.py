@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from cbd_hf import StepwiseDistillationConfig, StepwiseDistillationTrainer
+from cbd_hf._ending import run_and_end
 from cbd_hf.distillation.stages import own_deepspeed
 from tests.models import tiny_config, tiny_tokenizer
 
@@ -117,7 +118,7 @@ def peak(setting: dict[str, Any]) -> dict[str, int]:
     }
 
 
-if __name__ == "__main__":
+def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("setting", help="JSON")
     parser.add_argument("output", type=Path, help="directory")
@@ -127,3 +128,8 @@ if __name__ == "__main__":
     # What a first training loads and allocates for good does not belong to the models.
     peak({**WARM_UP, "options": setting.get("options", {})})
     (values.output / f"{os.environ.get('RANK', '0')}.json").write_text(json.dumps(peak(setting)))
+    return 0
+
+
+if __name__ == "__main__":
+    run_and_end(main)
