@@ -24,6 +24,7 @@ from cbd_hf.distillation.bridge.recipe import bridge_name
 from cbd_hf.distillation.bridge.stage import make_bridge
 from cbd_hf.distillation.build_data import BuildData, load_build_data
 from cbd_hf.distillation.cache.reader import TeacherCache
+from cbd_hf.distillation.claims import claimed
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import (
     SHAPE_OPTIONS,
@@ -95,7 +96,7 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
 
     Raises:
         ValueError: the recipe is wrong, or it or a finished anchor changed since the build began; says what differs.
-        FileExistsError: `output_dir` holds something else.
+        FileExistsError: `output_dir` holds something else, or another run is building in it.
         ImportError: an option needs a package that is missing.
     """
     check_recipe(args, training)
@@ -103,6 +104,13 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
     # A build that was killed while it added its first anchor has left something of it.
     if not (chain / MANIFEST).is_file() and not (work / RECIPE).is_file():
         check_output_directory(chain)
+    with claimed(chain, PartialState()):
+        return _build_chain(args, training, chain, work)
+
+
+def _build_chain(
+    args: BuildArguments, training: StepwiseDistillationConfig, chain: Path, work: Path
+) -> DistillationChain:
     source = anchor_directory(resolve_checkpoint(args.source))
     bridge = anchor_directory(resolve_checkpoint(args.bridge["checkpoint"])) if args.bridge else None
     largest = bridge or source  # of the chain's own family

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,12 +16,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from safetensors.torch import load_file
 
 from cbd_hf import DistillationChain, StepwiseDistillationConfig
 from cbd_hf.distillation.builder import build_chain
 from cbd_hf.distillation.checkpoints import last_complete_checkpoint
+from cbd_hf.distillation.claims import claimed
 from cbd_hf.distillation.cutting import cut_config
 from cbd_hf.distillation.guards import LossError, LossGuard
 from cbd_hf.distillation.recipe import BuildArguments
@@ -254,6 +258,25 @@ def test_existing_directory_is_left_alone(material: dict[str, str], tmp_path: Pa
     with pytest.raises(FileExistsError, match="chain"):
         build(recipe(material, output))
     assert [path.name for path in output.iterdir()] == ["notes.txt"]
+
+
+def test_a_second_run_is_refused(material: dict[str, str], tmp_path: Path) -> None:
+    output = tmp_path / "chain"
+    with FileLock(f"{output}.lock"), pytest.raises(FileExistsError, match="Another run is writing to .*chain: wait"):
+        build(recipe(material, output))
+    assert not output.exists() and not Path(f"{output}.build").exists()
+
+
+def test_without_locks_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with claimed(tmp_path / "chain", PartialState()):
+        pass
+    assert "cannot be locked" in caplog.text and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from cbd_hf.distillation.answers.prompts import (
     sample_keys,
 )
 from cbd_hf.distillation.cache.writer import remove_leftovers
+from cbd_hf.distillation.claims import claimed
 from cbd_hf.distillation.records import ShardRecord, TeacherRecord, tokenizer_digest, weights_digest
 from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
 
@@ -104,7 +105,7 @@ def build_answers(
         [`AnswersReport`]
 
     Raises:
-        FileExistsError: `output_dir` holds something else than answers.
+        FileExistsError: `output_dir` holds something else than answers, or another run is writing to it.
         ImportError: vLLM is wanted and not installed.
         ValueError: answers that were made otherwise are in `output_dir`; the source has no tokenizer, no chat template
             where one is needed, or fewer positions than prompt and answer; all prompts are too long.
@@ -131,22 +132,30 @@ def build_answers(
         PromptsRecord(name, prompts.digest, len(prompts.texts), len(rows)),
         packages=package_versions() | engine_version(settings),
     )
-    manifest = on_main(state, lambda: _start(directory, wanted, checkpoint))
-    todo = np.arange(manifest.prompts, len(rows))
-    started, before = time.perf_counter(), (manifest.answers, manifest.tokens)
-    if len(todo):
-        engine = _engine(
-            checkpoint, manifest, tokenizer, state, longest, batch_size, trust_remote_code, model_init_kwargs
-        )
-        keys = sample_keys(encoded, settings.n)
-        writer = _ShardWriter(directory, engine, manifest, tokenizer, prompts, rows, encoded, keys)
-        with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
-            make_shards(
-                state, directory, manifest, todo, settings.shard_rows, writer, description="Answers", progress=progress
+    with claimed(directory, state):
+        manifest = on_main(state, lambda: _start(directory, wanted, checkpoint))
+        todo = np.arange(manifest.prompts, len(rows))
+        started, before = time.perf_counter(), (manifest.answers, manifest.tokens)
+        if len(todo):
+            engine = _engine(
+                checkpoint, manifest, tokenizer, state, longest, batch_size, trust_remote_code, model_init_kwargs
             )
-    seconds = time.perf_counter() - started
-    manifest.complete = True
-    on_main(state, lambda: _finish(directory, manifest, prompts.kind))
+            keys = sample_keys(encoded, settings.n)
+            writer = _ShardWriter(directory, engine, manifest, tokenizer, prompts, rows, encoded, keys)
+            with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
+                make_shards(
+                    state,
+                    directory,
+                    manifest,
+                    todo,
+                    settings.shard_rows,
+                    writer,
+                    description="Answers",
+                    progress=progress,
+                )
+        seconds = time.perf_counter() - started
+        manifest.complete = True
+        on_main(state, lambda: _finish(directory, manifest, prompts.kind))
     return AnswersReport(
         directory=str(directory),
         prompts=manifest.prompts,

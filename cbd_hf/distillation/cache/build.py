@@ -28,6 +28,7 @@ from cbd_hf.distillation.cache.manifest import (
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.cache.teacher_pass import TeacherPass
 from cbd_hf.distillation.cache.writer import ShardBuffer, remove_leftovers, write_shard
+from cbd_hf.distillation.claims import claimed
 from cbd_hf.distillation.preparation import prepare_rows
 from cbd_hf.distillation.records import ShardRecord, TeacherRecord, tokenizer_digest, weights_digest
 from cbd_hf.distillation.rounds import load_model, local_checkpoint, make_shards, on_main
@@ -113,7 +114,7 @@ def build_cache(
         [`CacheReport`]
 
     Raises:
-        FileExistsError: `output_dir` holds something else than a cache.
+        FileExistsError: `output_dir` holds something else than a cache, or another run is writing to it.
         ValueError: a cache that was made with other settings or (without `append`) of another dataset; a tokenizer
             that is not the teacher's; `k`, `vocab_size` or rows that are too large for the teacher.
     """
@@ -136,29 +137,37 @@ def build_cache(
             f"max_length={limit}."
         )
     wanted = CacheManifest(settings, record, tokenizer_digest(tokenizer), packages=package_versions())
-    manifest = on_main(state, lambda: _start(directory, wanted, content, name, append, checkpoint))
-    todo = _missing(directory, manifest, content)
-    started, before = time.perf_counter(), (manifest.rows, manifest.tokens)
-    if len(todo):
-        options = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
-        model = load_model(checkpoint, record.dtype, state, options)
-        runner = TeacherPass(model, manifest.vocab_size, batch_size)
-        if settings.hidden is not None and not runner.has_hidden:
-            raise ValueError(f"The head of {teacher} cannot be told apart from its body; leave hidden out.")
+    with claimed(directory, state):
+        manifest = on_main(state, lambda: _start(directory, wanted, content, name, append, checkpoint))
+        todo = _missing(directory, manifest, content)
+        started, before = time.perf_counter(), (manifest.rows, manifest.tokens)
+        if len(todo):
+            options = {"trust_remote_code": trust_remote_code, **(model_init_kwargs or {})}
+            model = load_model(checkpoint, record.dtype, state, options)
+            runner = TeacherPass(model, manifest.vocab_size, batch_size)
+            if settings.hidden is not None and not runner.has_hidden:
+                raise ValueError(f"The head of {teacher} cannot be told apart from its body; leave hidden out.")
 
-        def make(index: int, chosen: np.ndarray) -> ShardRecord:
-            buffer = ShardBuffer(
-                settings, content.keys[chosen], content.tokens[chosen], manifest.vocab_size, record.hidden_size
-            )
-            runner.fill(buffer, list(iter_rows(prepared.select(chosen))))
-            return write_shard(directory, index, buffer)
+            def make(index: int, chosen: np.ndarray) -> ShardRecord:
+                buffer = ShardBuffer(
+                    settings, content.keys[chosen], content.tokens[chosen], manifest.vocab_size, record.hidden_size
+                )
+                runner.fill(buffer, list(iter_rows(prepared.select(chosen))))
+                return write_shard(directory, index, buffer)
 
-        with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
-            make_shards(
-                state, directory, manifest, todo, settings.shard_rows, make, description="Teacher", progress=progress
-            )
-    seconds = time.perf_counter() - started
-    on_main(state, lambda: _finish(directory, manifest, _digest(content)))
+            with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
+                make_shards(
+                    state,
+                    directory,
+                    manifest,
+                    todo,
+                    settings.shard_rows,
+                    make,
+                    description="Teacher",
+                    progress=progress,
+                )
+        seconds = time.perf_counter() - started
+        on_main(state, lambda: _finish(directory, manifest, _digest(content)))
     added = manifest.tokens - before[1]
     return CacheReport(
         directory=str(directory),

@@ -56,12 +56,15 @@ def test_killed_process(source: Path, whole: Path, tmp_path: Path) -> None:
     while not (directory / "answers-00001.jsonl").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+    with pytest.raises(FileExistsError, match="Another run is writing to .*out: wait"):
+        build(source, directory, questions(45))
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = AnswersManifest.read(directory).prompts
     assert 8 <= kept < 45
     assert build(source, directory, questions(45)).new_answers == 45 - kept
     assert files(directory) == files(whole)
+    assert not Path(f"{directory}.lock").exists()
 
 
 @pytest.mark.distributed

@@ -193,6 +193,8 @@ def test_killed_process(teacher: Path, tmp_path: Path) -> None:
     while not (directory / "shard-00001.safetensors").exists() and time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.05)
+    with pytest.raises(FileExistsError, match="Another run is writing to .*cache: wait"):
+        build(teacher, directory, answers_dataset(45), variant="sampled", hidden="float16")
     process.send_signal(signal.SIGKILL)
     process.wait()
     whole = build(teacher, tmp_path / "whole", answers_dataset(45), variant="sampled", hidden="float16")
@@ -201,6 +203,7 @@ def test_killed_process(teacher: Path, tmp_path: Path) -> None:
     report = build(teacher, directory, answers_dataset(45), variant="sampled", hidden="float16")
     assert report.new_rows == 45 - kept and report.bytes == whole.bytes
     assert files(directory) == files(tmp_path / "whole")
+    assert not Path(f"{directory}.lock").exists()
 
 
 @pytest.mark.slow
