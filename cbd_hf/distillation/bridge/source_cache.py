@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from cbd_hf.data.columns import IGNORED
 from cbd_hf.distillation.batching import SOURCE_PREFIX
 from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.tokenization.collator import BridgeDataCollator
@@ -69,7 +70,8 @@ def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | No
         name (`str`, *optional*, defaults to `"train"`): for the progress bar and the log.
 
     Returns:
-        `Dataset` or `IterableDataset`: with the columns of [`BridgeDataCollator.encode`].
+        `Dataset` or `IterableDataset`: with the columns of [`BridgeDataCollator.encode`], without rows of which
+            nothing is supervised.
 
     Raises:
         ValueError: no row, or none of a stream's first ones, has anything that both models can learn from; or a row
@@ -85,7 +87,7 @@ def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | No
         rows = [{name: row[name] for name in COLUMNS} for row in first] if ready else _rows(collator.encode(first))
         collator.check(rows)
         check_rows(rows, *limits, what=f"rows at the start of the {name} stream")
-        return prepared
+        return prepared.filter(_is_supervised, input_columns="labels")
     if ready:
         prepared = dataset
         for start in range(0, len(dataset), _CHECKED):
@@ -96,7 +98,11 @@ def prepare_pairs(dataset: Any, collator: BridgeDataCollator, num_proc: int | No
     check_rows(prepared, *limits)
     found = alignment_statistics(prepared)
     logger.info("%s: %s", name, ", ".join(f"{key} {value:.3f}" for key, value in found.items()))
-    return prepared
+    return prepared.filter(_is_supervised, input_columns="labels", num_proc=num_proc, desc=f"Filtering {name} dataset")
+
+
+def _is_supervised(labels: Sequence[int]) -> bool:
+    return any(label != IGNORED for label in labels[1:])
 
 
 def _rows(columns: dict[str, list]) -> list[dict[str, Any]]:

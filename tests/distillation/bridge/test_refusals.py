@@ -243,7 +243,11 @@ def test_rows(tmp_path: Path) -> None:
     assert "max_length=3 and source_max_length=6" in str(caught.value)
     long = {"prompt": "The cat sat on the mat. " * 20, "completion": " A dog."}
     with pytest.warns(UserWarning, match=r"1 of 2 rows have no supervised token .* within max_length=32"):
-        make_trainer(tmp_path, Dataset.from_list([long, {**long, "prompt": "Who?"}]), max_length=32).train()
+        trainer = make_trainer(tmp_path, Dataset.from_list([long, {**long, "prompt": "Who?"}]), max_length=32)
+    assert len(trainer.train_dataset) == 1  # the other one would be a part of a step, or a step, and teach nothing
+    stream = Dataset.from_list([{**long, "prompt": "Who?"}, long]).to_iterable_dataset()
+    with pytest.warns(UserWarning, match="1 of 2 rows at the start"):
+        assert len(list(make_trainer(tmp_path, stream, max_length=32).train_dataset)) == 1
     for rows, message in (
         ([{"input_ids": [1, 2], "labels": [1, 2]}], "the source cannot read"),
         ([{"question": "a"}], r"The dataset has the columns \['question'\]"),
