@@ -31,6 +31,8 @@ _ALIASES = {"evaluate": "eval"}
 _EXPECTED = (ValueError, OSError, ImportError)
 # The work of one process. Others that a launcher has started would do the same again, into the same files.
 _ONE_PROCESS = frozenset({"transplant", "init", "inspect", "plan", "eval"})
+_RESUMES = frozenset({"build", "cache", "quickstart"})
+_INTERRUPTED = 130  # as a shell says it
 _PATIENCE = 10.0  # seconds in which a launcher ends the processes that are left when one has failed
 TRACEBACK = "CBD_TRACEBACK"
 
@@ -62,8 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv (`Sequence[str]`, *optional*): the arguments; by default those of the process.
 
     Returns:
-        `int`: 0, or 2 after a mistake of the user's, which is printed in one line (with `CBD_TRACEBACK=1` it is
-        raised instead).
+        `int`: 0, 2 after a mistake of the user's or 130 after an interruption, which are printed in one line (with
+        `CBD_TRACEBACK=1` they are raised instead).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     name: str = _parser().parse_args(arguments[:1]).command
@@ -75,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cbd: {name} needs one process; the first of {processes} does it, the others leave.", file=sys.stderr)
     try:
         importlib.import_module(COMMANDS[name][0]).main(_separate_config(arguments[1:]))
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK):
+            raise
+        if rank == 0:
+            goes_on = " The same command goes on where it was." if name in _RESUMES else ""
+            print(f"cbd: interrupted.{goes_on}", file=sys.stderr)
+        return _INTERRUPTED
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

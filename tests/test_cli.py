@@ -138,6 +138,21 @@ def test_a_mistake_of_another_process(monkeypatch: pytest.MonkeyPatch, capsys: p
         assert len(waited) == times
 
 
+def test_an_interruption(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    for command, said in (("build", " The same command goes on where it was."), ("init", "")):
+        fake = types.ModuleType(cli.COMMANDS[command][0])
+        vars(fake)["main"] = interrupted
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+        assert cli.main([command]) == 130
+        assert capsys.readouterr().err == f"cbd: interrupted.{said}\n"
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(["build"])
+
+
 def test_other_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = types.ModuleType("cbd_hf.commands.init")
     vars(fake)["main"] = lambda argv: {}["bug"]

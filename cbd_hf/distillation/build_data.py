@@ -37,11 +37,12 @@ class BuildData:
     digest: str
     calibration_texts: list[str]
 
-    def calibration(self, tokenizer: PreTrainedTokenizerBase) -> list[torch.Tensor]:
-        """Token ids, int64, shape (1, up to 256), one tensor per calibration text of at least two tokens."""
-        rows = [
-            tokenizer(text, return_tensors="pt").input_ids[:, :_CALIBRATION_LENGTH] for text in self.calibration_texts
-        ]
+    def calibration(self, tokenizer: PreTrainedTokenizerBase, positions: int | None = None) -> list[torch.Tensor]:
+        """
+        Token ids, int64, shape (1, up to 256 or `positions`), one tensor per calibration text of at least two tokens.
+        """
+        longest = min(_CALIBRATION_LENGTH, positions or _CALIBRATION_LENGTH)
+        rows = [tokenizer(text, return_tensors="pt").input_ids[:, :longest] for text in self.calibration_texts]
         return [row.long() for row in rows if row.shape[1] > 1]
 
 

@@ -49,6 +49,7 @@ from cbd_hf.families import check_same_family
 from cbd_hf.layout import count_parameters
 from cbd_hf.modeling import CBDModel
 from cbd_hf.sizing import check_n_params, parse_size, size_name
+from cbd_hf.tokenization.limits import fixed_positions, within_positions
 
 
 logger = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ class _Build:
     work: Path
     data: BuildData
     tokenizer: PreTrainedTokenizerBase
+    positions: int | None  # of the chain's models, if these cannot read longer rows
     source: Path
     source_name: str
     basis: str
@@ -114,13 +116,20 @@ def _build_chain(
     source = anchor_directory(resolve_checkpoint(args.source))
     bridge = anchor_directory(resolve_checkpoint(args.bridge["checkpoint"])) if args.bridge else None
     largest = bridge or source  # of the chain's own family
+    tokenizer = AutoTokenizer.from_pretrained(largest)
+    sort, positions = _check_anchors(largest, args, tokenizer)
+    training.max_length = within_positions(training.max_length, positions)
+    if len(args.anchors) + args.include_source + bool(bridge) == 1:
+        logger.warning(
+            "The chain will have one anchor, and models are made between two: list another one under anchors, or set "
+            "include_source."
+        )
     data = load_build_data(args, training.dataset_text_field, training.seed)
     digest = {path.name: sha256_of(path) for path in weight_files(source)}
     if bridge:
         digest |= {f"bridge {path.name}": sha256_of(path) for path in weight_files(bridge)}
     record = recipe_record(args, training, json.dumps(digest, sort_keys=True), data.digest)
-    _check_resumable(chain, work, record)
-    sort = _check_anchors(largest, args)
+    on_main(PartialState(), lambda: _check_resumable(chain, work, record))
     _check_first_cache(source, sort, first_cache(args, training))
     build = _Build(
         args=args,
@@ -128,7 +137,8 @@ def _build_chain(
         chain=chain,
         work=work,
         data=data,
-        tokenizer=AutoTokenizer.from_pretrained(largest),
+        tokenizer=tokenizer,
+        positions=positions,
         source=source,
         source_name=args.source,
         basis="importance-sorted" if sort else "as-is",
@@ -199,10 +209,13 @@ def _shape_options(anchor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in anchor.items() if name in {*SHAPE_OPTIONS, "n_params"}}
 
 
-def _check_anchors(largest: Path, args: BuildArguments) -> bool:
-    """Walk the chain's configs before any work; whether one of the cuts is narrower than what it is cut from."""
+def _check_anchors(largest: Path, args: BuildArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, int | None]:
+    """
+    Walk the chain's configs before any work: whether one of the cuts is narrower than what it is cut from, and the
+    positions that all models have.
+    """
     config, narrower, public = AutoConfig.from_pretrained(largest), False, False
-    counts = [count_parameters(config)]
+    counts, configs = [count_parameters(config)], [config]
     for anchor in args.anchors:
         shape = _shape_options(anchor)
         if shape:
@@ -210,8 +223,11 @@ def _check_anchors(largest: Path, args: BuildArguments) -> bool:
             smaller = cut_config(config, shape)
         else:
             public = True
-            smaller = AutoConfig.from_pretrained(anchor_directory(resolve_checkpoint(anchor["checkpoint"])))
+            checkpoint = anchor_directory(resolve_checkpoint(anchor["checkpoint"]))
+            smaller = AutoConfig.from_pretrained(checkpoint)
             check_same_family(smaller, config)
+            _check_tokens(anchor["name"], checkpoint, tokenizer)
+        configs.append(smaller)
         counts.append(count_parameters(smaller))
         if counts[-1] >= counts[-2]:
             raise ValueError(f"Anchor {anchor['name']!r} is not smaller than the one before: list the largest first.")
@@ -224,7 +240,22 @@ def _check_anchors(largest: Path, args: BuildArguments) -> bool:
             "A chain cannot both start anchors from public checkpoints and cut others narrower: a cut in width needs "
             "the source's sorted coordinates, which a public checkpoint does not share. Cut layers only, or drop one."
         )
-    return narrower
+    return narrower, fixed_positions(*configs)
+
+
+def _check_tokens(name: str, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise if a checkpoint's own tokenizer is another one: stages compare models token by token."""
+    try:
+        own = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        logger.warning("Anchor %r is taken to have the chain's tokenizer; its own was not read (%s).", name, error)
+        return
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"The tokenizer of anchor {name!r} ({checkpoint}, {len(own)} tokens) is not the chain's "
+            f"({len(tokenizer)} tokens): choose a checkpoint with the same one, or give it the chain's vocabulary "
+            "first (`cbd transplant`)."
+        )
 
 
 def _check_first_cache(source: Path, sort: bool, directory: str | None) -> None:
@@ -249,6 +280,9 @@ def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
             )
     elif (work / RECIPE).is_file():
         begun = json.loads((work / RECIPE).read_text())
+        if differences(what_is_learnt(begun), record) and not _worth_keeping(work):
+            shutil.rmtree(work)  # a mistake that showed late, or a kill before anything was learnt
+            return
     else:
         return
     changed = differences(what_is_learnt(begun), record)
@@ -258,9 +292,19 @@ def _check_resumable(chain: Path, work: Path, record: dict[str, Any]) -> None:
         raise ValueError(
             f"The recipe differs from the one that {chain} was begun with:\n  "
             + "\n  ".join(changed)
-            + "\nRestore it to continue that build, or choose another output_dir (nothing was changed). What does not "
-            "change what is learnt may differ, such as max_loss_ratio, teacher_placement and save_steps."
+            + "\nRestore it to continue that build, or choose another output_dir (nothing was changed), or remove "
+            f"{chain} and {work} to start over. What does not change what is learnt may differ, such as "
+            "max_loss_ratio, teacher_placement and save_steps."
         )
+
+
+def _worth_keeping(work: Path) -> bool:
+    """Whether an unfinished build has trained anything: a checkpoint, or a phase that is done."""
+    return any(
+        path.name.startswith("checkpoint-") or path.name in ("trained", "supervised", "source-supervised")
+        for path in work.rglob("*")
+        if path.is_dir()
+    )
 
 
 def _run(build: _Build, record: dict[str, Any]) -> None:
@@ -285,10 +329,10 @@ def _run(build: _Build, record: dict[str, Any]) -> None:
                 measured = _measure(build, "source", teacher)
                 metadata["source_bits_per_byte"] = measured["bits_per_byte"] if measured else None
             elif stage in first:
-                logger.info("Stage %d of %d: %s -> %s", 1, len(stages), build.source_name, stage["name"])
+                _announce(1, len(stages), build.source_name, stage["name"])
                 checkpoint, details = _bridge_anchor(build, stage["name"])
             else:
-                logger.info("Stage %d of %d: %s -> %s", position + 1, len(stages), teacher_name, stage["name"])
+                _announce(position + 1, len(stages), teacher_name, stage["name"])
                 checkpoint, details = _distil_anchor(build, stage, teacher, teacher_name)
             if PartialState().is_main_process:
                 append_anchor(
@@ -306,6 +350,10 @@ def _run(build: _Build, record: dict[str, Any]) -> None:
         teacher, teacher_name = anchor.path, anchor.name
 
 
+def _announce(number: int, stages: int, teacher: str, student: str) -> None:
+    PartialState().print(f"Stage {number} of {stages}: {teacher} -> {student}", flush=True)
+
+
 def _prepared_source(build: _Build) -> Path:
     """The source after its supervised phase and in the chain's basis."""
     source = build.source
@@ -321,7 +369,7 @@ def _in_basis(build: _Build, source: Path, directory: Path) -> Path:
         return source
 
     def sort(directory: Path) -> None:
-        sorted_checkpoint(source, build.data.calibration(build.tokenizer), directory)
+        sorted_checkpoint(source, build.data.calibration(build.tokenizer, build.positions), directory)
         build.tokenizer.save_pretrained(directory)
 
     return make_once(directory, sort)
@@ -367,7 +415,7 @@ def _distil_anchor(
         config = cut_config(AutoConfig.from_pretrained(teacher), _shape_options(anchor))
 
         def make(staging: Path) -> None:
-            record = cut_checkpoint(teacher, config, build.data.calibration(build.tokenizer), staging)
+            record = cut_checkpoint(teacher, config, build.data.calibration(build.tokenizer, build.positions), staging)
             (staging / _CUT).write_text(json.dumps(record))
 
         student = make_once(directory / "cut", make)

@@ -53,6 +53,7 @@ from cbd_hf.distillation.teacher import (
     load_tokenizer,
     open_cache,
 )
+from cbd_hf.tokenization.limits import fixed_positions, within_positions
 
 
 if TYPE_CHECKING:
@@ -154,6 +155,9 @@ class StepwiseDistillationTrainer(AccountingTrainer):
                 "anchor: use LoRA or another adapter of weights."
             )
         teacher_config = config_of(teacher_model, args)
+        if data_collator is None:
+            configs = (model.config,) if teacher_config is None else (model.config, teacher_config)
+            args.max_length = within_positions(args.max_length, fixed_positions(*configs))
         if args.lmbda == 0 and data_collator is None:
             check_packing(args, student=model.config, teacher=teacher_config)
         peft_config = copy.deepcopy(peft_config)  # gets the projection

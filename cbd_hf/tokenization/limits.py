@@ -38,6 +38,35 @@ class Limits:
         return cls(text.vocab_size, getattr(text, "max_position_embeddings", None) or None)
 
 
+def fixed_positions(*configs: PretrainedConfig) -> int | None:
+    """The fewest positions behind which one of these models has none; `None` if all go on, as with rotary ones."""
+    known = []
+    for config in configs:
+        text: Any = config.get_text_config()
+        if getattr(text, "rope_parameters", None) is None and (positions := Limits.of(config).positions):
+            known.append(positions)
+    return min(known, default=None)
+
+
+def within_positions(max_length: int | None, positions: int | None) -> int | None:
+    """
+    Most tokens of a row within the models' positions.
+
+    Args:
+        max_length (`int`, *optional*): the default (1024) and `None` are lowered to the positions.
+        positions (`int`, *optional*): from [`fixed_positions`].
+
+    Raises:
+        ValueError: a length that was asked for is more than the positions.
+    """
+    if positions is None or (max_length is not None and max_length <= positions):
+        return max_length
+    if max_length not in (None, DEFAULT_MAX_LENGTH):
+        raise ValueError(f"max_length={max_length} is more than the {positions} positions of the models: lower it.")
+    logger.info("max_length is %d, the positions of the models.", positions)
+    return positions
+
+
 def needed_rows(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Rows that the embeddings of a tokenizer's model cannot be without.
@@ -95,4 +124,12 @@ def bridge_lengths(
     return max_length, source_max_length
 
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Limits", "bridge_lengths", "needed_rows", "warn_of_surplus_tokens"]
+__all__ = [
+    "DEFAULT_MAX_LENGTH",
+    "Limits",
+    "bridge_lengths",
+    "fixed_positions",
+    "needed_rows",
+    "warn_of_surplus_tokens",
+    "within_positions",
+]

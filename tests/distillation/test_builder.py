@@ -20,6 +20,8 @@ from accelerate import PartialState
 from datasets import Dataset
 from filelock import FileLock
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from cbd_hf import DistillationChain, StepwiseDistillationConfig
 from cbd_hf.distillation.builder import build_chain
@@ -265,6 +267,51 @@ def test_a_second_run_is_refused(material: dict[str, str], tmp_path: Path) -> No
     with FileLock(f"{output}.lock"), pytest.raises(FileExistsError, match="Another run is writing to .*chain: wait"):
         build(recipe(material, output))
     assert not output.exists() and not Path(f"{output}.build").exists()
+
+
+def test_a_late_mistake_does_not_keep_the_directory(material: dict[str, str], tmp_path: Path) -> None:
+    """The recipe that is corrected is another one, but nothing has been learnt with the first."""
+    values = recipe(material, tmp_path / "chain", max_steps=1)
+    wrong = values | {"anchors": [{"name": "mid", "num_hidden_layers": 0}]}
+    with pytest.raises(ValueError, match="Cannot remove 5 of 5 layers"):
+        build(wrong)
+    assert len(build(values | {"anchors": ANCHORS[:1]})) == 1
+
+
+def test_an_anchor_with_other_tokens_is_refused(material: dict[str, str], tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    random_model(tiny_config("llama", layers=3)).save_pretrained(other)
+    tokenizer = tiny_tokenizer()
+    tokens = {token: (number + 7) % 50 if number < 50 else number for token, number in tokenizer.get_vocab().items()}
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"], state["added_tokens"] = tokens, []
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state))).save_pretrained(other)
+    values = recipe(material, tmp_path / "chain", anchors=[{"name": "mid", "checkpoint": str(other)}])
+    with pytest.raises(ValueError, match="tokenizer of anchor 'mid' .* is not the chain's .64 tokens."):
+        build(values)
+    assert not (tmp_path / "chain.build").exists()
+
+
+def test_positions(material: dict[str, str], tmp_path: Path) -> None:
+    """Learned positions bound the rows of training and calibration; a larger length that was asked for is refused."""
+    random_model(tiny_config("gpt2", layers=4, n_positions=48), std=0.1).save_pretrained(tmp_path / "gpt2")
+    tiny_tokenizer().save_pretrained(tmp_path / "gpt2")
+    rng = random.Random(0)
+    (tmp_path / "long.jsonl").write_text("\n".join(json.dumps({"text": words(rng, 70)}) for _ in range(30)))
+    source = {"source": str(tmp_path / "gpt2"), "dataset": str(tmp_path / "long.jsonl")}
+    values = recipe(source, tmp_path / "chain", anchors=[{"name": "slim", "hidden_size": 24}], max_steps=1)
+    with pytest.raises(ValueError, match="max_length=64 is more than the 48 positions"):
+        build(values | {"max_length": 64})
+    assert len(build({name: value for name, value in values.items() if name != "max_length"})) == 1
+
+
+def test_a_chain_of_one_anchor(
+    material: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = recipe(material, tmp_path / "chain", anchors=ANCHORS[:1], max_steps=1)
+    build(values)
+    assert "will have one anchor" in caplog.text
+    assert "Stage 1 of 1: source -> mid" in capsys.readouterr().out
 
 
 def test_without_locks_it_goes_on(
