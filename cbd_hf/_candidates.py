@@ -138,7 +138,7 @@ def inspect_directory(directory: Path, label: str) -> Candidate:
         ValueError: no usable config, remote code, a tokenizer that cannot be loaded.
         CheckpointError: weights that are not safetensors, damaged, or do not fit the config.
     """
-    config = _read_config(directory, label)
+    config = read_config(directory, label)
     n_params, outline, shapes = _expected_parameters(config, label)
     _check_weights(directory, label, outline, shapes)
     candidate = Candidate(label=label, source=directory, config=config, n_params=n_params)
@@ -179,7 +179,7 @@ def inspect_model(model: PreTrainedModel, label: str) -> Candidate:
     return Candidate(label=label, source=model, config=config, n_params=n_params)
 
 
-def _read_config(directory: Path, label: str) -> PretrainedConfig:
+def read_config(directory: Path, label: str) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from cbd_hf._candidates import has_tokenizer, read_config, read_tokenizer
 from cbd_hf._files import atomic_write_text, check_output_directory, sha256_of
 from cbd_hf._hub import anchor_directory
 from cbd_hf._loading import plain_loading
@@ -102,6 +104,7 @@ def build_chain(args: BuildArguments, training: StepwiseDistillationConfig) -> D
         ImportError: an option needs a package that is missing.
     """
     check_recipe(args, training)
+    _check_options(training)
     chain, work = Path(str(training.output_dir)), Path(f"{training.output_dir}.build")
     # A build that was killed while it added its first anchor has left something of it.
     if not (chain / MANIFEST).is_file() and not (work / RECIPE).is_file():
@@ -116,7 +119,11 @@ def _build_chain(
     source = anchor_directory(resolve_checkpoint(args.source))
     bridge = anchor_directory(resolve_checkpoint(args.bridge["checkpoint"])) if args.bridge else None
     largest = bridge or source  # of the chain's own family
-    tokenizer = AutoTokenizer.from_pretrained(largest)
+    role, name = ("bridge", args.bridge["checkpoint"]) if args.bridge else ("source", args.source)
+    read_config(largest, f"The {role} {str(name)!r}")
+    if not has_tokenizer(os.listdir(largest)):
+        raise ValueError(f"The {role} {str(name)!r} ({largest}) has no tokenizer: save it beside the weights.")
+    tokenizer = read_tokenizer(largest, f"the {role} {str(name)!r}")
     sort, positions = _check_anchors(largest, args, tokenizer)
     training.max_length = within_positions(training.max_length, positions)
     if len(args.anchors) + args.include_source + bool(bridge) == 1:
@@ -209,6 +216,19 @@ def _shape_options(anchor: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in anchor.items() if name in {*SHAPE_OPTIONS, "n_params"}}
 
 
+def _check_options(training: StepwiseDistillationConfig) -> None:
+    """Raise if options of the trainer are set that a build cannot heed, rather than ignore them."""
+    remedies = {
+        "teacher_model_name_or_path": "the source and each anchor are the teachers in turn: name `source`",
+        "resume_from_checkpoint": "the same command goes on where it was",
+        "push_to_hub": "push the finished chain: DistillationChain.from_pretrained(output_dir).push_to_hub(...)",
+        "do_eval": "each anchor is measured before and after its stage: see eval_documents",
+    }
+    for name, remedy in remedies.items():
+        if getattr(training, name, None):
+            raise ValueError(f"{name}={getattr(training, name)!r} has no meaning in a build; {remedy}.")
+
+
 def _check_anchors(largest: Path, args: BuildArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[bool, int | None]:
     """
     Walk the chain's configs before any work: whether one of the cuts is narrower than what it is cut from, and the
@@ -224,7 +244,7 @@ def _check_anchors(largest: Path, args: BuildArguments, tokenizer: PreTrainedTok
         else:
             public = True
             checkpoint = anchor_directory(resolve_checkpoint(anchor["checkpoint"]))
-            smaller = AutoConfig.from_pretrained(checkpoint)
+            smaller = read_config(checkpoint, f"Anchor {anchor['name']!r} ({anchor['checkpoint']})")
             check_same_family(smaller, config)
             _check_tokens(anchor["name"], checkpoint, tokenizer)
         configs.append(smaller)
@@ -245,11 +265,10 @@ def _check_anchors(largest: Path, args: BuildArguments, tokenizer: PreTrainedTok
 
 def _check_tokens(name: str, checkpoint: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise if a checkpoint's own tokenizer is another one: stages compare models token by token."""
-    try:
-        own = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
-        logger.warning("Anchor %r is taken to have the chain's tokenizer; its own was not read (%s).", name, error)
+    if not has_tokenizer(os.listdir(checkpoint)):
+        logger.warning("Anchor %r (%s) has no tokenizer and is taken to have the chain's.", name, checkpoint)
         return
+    own = read_tokenizer(checkpoint, f"anchor {name!r}")
     if own.get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f"The tokenizer of anchor {name!r} ({checkpoint}, {len(own)} tokens) is not the chain's "

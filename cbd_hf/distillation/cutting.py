@@ -11,7 +11,7 @@ from cbd_hf.checkpoint import CheckpointReader
 from cbd_hf.families import get_family
 from cbd_hf.initializers import TensorSource, assemble
 from cbd_hf.layout import Shape, config_with_shape, layer_kinds, meta_model, shape_of
-from cbd_hf.sizing import plan_cut
+from cbd_hf.sizing import parse_size, plan_cut
 from cbd_hf.transforms import LayerMap, Trans, resized_eps
 from cbd_hf.transforms.basis import sort_by_importance
 from cbd_hf.transforms.importance import least_important_layers, measure_importance
@@ -50,14 +50,18 @@ def cut_config(config: PretrainedConfig, options: Mapping[str, Any]) -> Pretrain
         )
     family = get_family(config)
     shape = shape_of(config, family)
-    wanted = {SHAPE_OPTIONS[name]: int(value) for name, value in options.items() if name != "n_params"}
+    wanted = {SHAPE_OPTIONS[name]: _whole(name, value) for name, value in options.items() if name != "n_params"}
     if "layers" in wanted and "n_params" in options:
         raise ValueError("Give either num_hidden_layers or n_params for an anchor, and not both.")
     wanted = _narrowed(shape, wanted.get("hidden", shape.hidden), family.heads_fill_hidden) | wanted
     cut = replace(shape, **wanted)  # type: ignore[arg-type]  # all of these dimensions are numbers
     larger = [name for name, field in SHAPE_OPTIONS.items() if getattr(cut, field) > getattr(shape, field)]
     if larger:
-        raise ValueError(f"An anchor is cut from a larger one, but {larger[0]} would grow: choose at most its value.")
+        own, chosen = (getattr(one, SHAPE_OPTIONS[larger[0]]) for one in (shape, cut))
+        raise ValueError(
+            f"An anchor is cut from a larger one, but {larger[0]} would grow from {own} to {chosen}: choose at most "
+            f"{own}."
+        )
     if cut.layers != shape.layers and len(set(layer_kinds(config, family))) > 1:
         raise ValueError(
             f"This {config.model_type} mixes kinds of layers, so its depth cannot be cut: cut its width, or take a "
@@ -65,10 +69,20 @@ def cut_config(config: PretrainedConfig, options: Mapping[str, Any]) -> Pretrain
         )
     result = config_with_shape(config, cut, family)
     if "n_params" in options:
-        result = plan_cut(result, float(options["n_params"]))
+        result = plan_cut(result, parse_size(str(options["n_params"])))
     if shape_of(result, family) == shape:
         raise ValueError(f"The anchor {dict(options)} is as large as the one it is cut from: choose a smaller shape.")
     return result
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1 or number != float(value):
+        raise ValueError(f"{name}={value!r} of an anchor must be a whole number of at least 1.")
+    return number
 
 
 def _narrowed(shape: Shape, hidden: int, heads_fill_hidden: bool) -> dict[str, int]:

@@ -272,9 +272,9 @@ def test_a_second_run_is_refused(material: dict[str, str], tmp_path: Path) -> No
 def test_a_late_mistake_does_not_keep_the_directory(material: dict[str, str], tmp_path: Path) -> None:
     """The recipe that is corrected is another one, but nothing has been learnt with the first."""
     values = recipe(material, tmp_path / "chain", max_steps=1)
-    wrong = values | {"anchors": [{"name": "mid", "num_hidden_layers": 0}]}
-    with pytest.raises(ValueError, match="Cannot remove 5 of 5 layers"):
-        build(wrong)
+    with pytest.raises(ValueError, match="learning rate"):
+        build(values | {"learning_rate": -1.0})
+    assert (tmp_path / "chain.build").exists()
     assert len(build(values | {"anchors": ANCHORS[:1]})) == 1
 
 
@@ -290,6 +290,40 @@ def test_an_anchor_with_other_tokens_is_refused(material: dict[str, str], tmp_pa
     with pytest.raises(ValueError, match="tokenizer of anchor 'mid' .* is not the chain's .64 tokens."):
         build(values)
     assert not (tmp_path / "chain.build").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push_to_hub": True}, "push_to_hub=True has no meaning in a build; push the finished chain"),
+        ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint='last' has no meaning in a build"),
+        ({"teacher_model_name_or_path": "gpt2"}, "teacher_model_name_or_path='gpt2' has no meaning in a build"),
+        ({"eval_strategy": "steps"}, "do_eval=True has no meaning in a build; each anchor is measured"),
+    ],
+)
+def test_options_without_meaning(
+    options: dict[str, Any], message: str, material: dict[str, str], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(recipe(material, tmp_path / "chain", **options))
+    assert not (tmp_path / "chain.build").exists()
+
+
+def test_sources_that_do_not_do(material: dict[str, str], tmp_path: Path) -> None:
+    source = Path(material["source"])
+    config = json.loads((source / "config.json").read_text())
+    for changed, message in (
+        ({"model_type": "t5"}, "The source .* has model_type 't5' .* no causal language model class"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "The source .* has quantized weights"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | changed))
+        with pytest.raises(ValueError, match=message):
+            build(recipe(material, tmp_path / "chain"))
+    (source / "config.json").write_text(json.dumps(config))
+    for path in source.glob("*token*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="The source .* has no tokenizer: save it beside the weights"):
+        build(recipe(material, tmp_path / "chain"))
 
 
 def test_positions(material: dict[str, str], tmp_path: Path) -> None:
