@@ -11,6 +11,7 @@ from cbd_hf._loading import plain_loading
 from cbd_hf.chain import AdjacentPair, DistillationChain
 from cbd_hf.making import exact_anchor, generation_config, make_model
 from cbd_hf.saving import save_targets
+from cbd_hf.sizing import parse_size
 from cbd_hf.targets import CONFIG_KEY, Wish, open_target
 from cbd_hf.transforms import Expansion
 
@@ -27,7 +28,7 @@ class CBDModel:
     def from_chain(
         cls,
         chain: DistillationChain | str | Path,
-        n_params: float | None = None,
+        n_params: float | str | None = None,
         *,
         config: PretrainedConfig | None = None,
         alpha: float | Mapping[str, float] | str | None = None,
@@ -49,8 +50,9 @@ class CBDModel:
 
         Args:
             chain (`DistillationChain`, `str` or `Path`): a chain, its directory, or its Hub id.
-            n_params (`float`, *optional*): wanted parameters, such as `138e6`; the nearest shape of
-                [`plan_config`] is built. Exactly an anchor's size gives that anchor.
+            n_params (`float` or `str`, *optional*): wanted parameters, such as `138e6` or `"138M"`; the nearest shape
+                of [`plan_config`] is built, with a warning if it is more than 2 % off. Exactly an anchor's size gives
+                that anchor.
             config (`PretrainedConfig`, *optional*): the target's config, instead of `n_params`.
             alpha (`float`, `Mapping[str, float]` or `"auto"`, *optional*): weight of the smaller anchor, in [0, 1]. By
                 default `(N_large - N_target) / (N_large - N_small)`. A mapping gives it by kind of part:
@@ -74,14 +76,15 @@ class CBDModel:
 
         Returns:
             `PreTrainedModel`: in evaluation mode, with the chain's generation config. Its `save_pretrained` writes the
-            chain's tokenizer beside the weights unless the directory has one. `config.cbd` records its making. The
-            epsilon of its norms is scaled with the width like the variance it is added to.
+            chain's tokenizer beside the weights unless the directory has one; trainers find that tokenizer through
+            `config.name_or_path`. `config.cbd` records its making. The epsilon of its norms is scaled with the width
+            like the variance it is added to.
 
         Raises:
             ValueError: the size is outside the chain, `alpha` is outside [0, 1], or the config does not belong to the
                 chain's family; for a damaged chain see [`DistillationChain.from_pretrained`].
         """
-        wish = Wish(n_params, config, alpha, initializer, expansion, selection, dtype, seed, calibration)
+        wish = Wish(_number(n_params), config, alpha, initializer, expansion, selection, dtype, seed, calibration)
         chain = _opened(chain, revision, token, cache_dir)
         anchor = exact_anchor(chain, wish)
         if anchor is not None:
@@ -101,7 +104,7 @@ class CBDModel:
     def save_from_chain(
         cls,
         chain: DistillationChain | str | Path,
-        n_params: float | Sequence[float] | None = None,
+        n_params: float | str | Sequence[float | str] | None = None,
         save_directory: str | Path | Sequence[str | Path] = "",
         *,
         max_shard_size: int | str = "1GB",
@@ -120,8 +123,7 @@ class CBDModel:
 
         Args:
             chain (`DistillationChain`, `str` or `Path`): see [`CBDModel.from_chain`].
-            n_params (`float` or `Sequence[float]`, *optional*): a size or several; or `config` in
-                `options`.
+            n_params (`float`, `str` or a sequence, *optional*): a size or several; or `config` in `options`.
             save_directory (`str` or `Path`, or a sequence): one for each size; must be empty or absent.
             max_shard_size (`int` or `str`, *optional*, defaults to `"1GB"`): most of a weight file. As much is held in
                 memory, by all models together: with several their files are smaller.
@@ -136,13 +138,19 @@ class CBDModel:
             FileExistsError: a directory holds something; nothing was written.
             ValueError: see [`CBDModel.from_chain`].
         """
-        sizes = list(n_params) if isinstance(n_params, Sequence) or getattr(n_params, "ndim", 0) else [n_params]  # type: ignore[arg-type]
+        if isinstance(n_params, str) or not (isinstance(n_params, Sequence) or bool(getattr(n_params, "ndim", 0))):
+            n_params = [n_params]  # type: ignore[list-item]
+        sizes = [_number(size) for size in n_params]  # type: ignore[union-attr]
         places = [save_directory] if isinstance(save_directory, str | Path) else list(save_directory)
         places = [place for place in places if str(place)]
         if len(places) != len(sizes):
             raise ValueError(f"{len(sizes)} size(s) need as many directories in save_directory, got {len(places)}.")
         wishes = [Wish(n_params=size, **options) for size in sizes]
         return save_targets(_opened(chain, revision, token, cache_dir), wishes, places, max_shard_size)
+
+
+def _number(n_params: float | str | None) -> float | None:
+    return parse_size(n_params) if isinstance(n_params, str) else n_params
 
 
 def _opened(
@@ -159,6 +167,9 @@ def _finish(model: PreTrainedModel, pair: AdjacentPair, tokenizer: PreTrainedTok
     if generation is not None:
         model.generation_config = generation
     if tokenizer is not None:
+        # Trainers without processing_class look for a tokenizer here; it is never written to config.json. Not in
+        # `model.name_or_path`: peft would record the anchor as what an adapter belongs to.
+        model.config.name_or_path = tokenizer.name_or_path
         # On the instance, where deepcopy and pickle take it along; the class stays the stock one.
         vars(model)["save_pretrained"] = _Saver(model, tokenizer)
 

@@ -172,6 +172,20 @@ def plan_config(
     return lattice_config(small, large, shape, family, kept, order)
 
 
+def neighbouring_sizes(
+    small: PretrainedConfig,
+    large: PretrainedConfig,
+    n_params: float,
+    kept: Sequence[int] | None = None,
+    order: Sequence[int] | None = None,
+) -> tuple[int, int]:
+    """The largest possible size up to `n_params` and the smallest from it on; see [`plan_config`]."""
+    counts = [count for _, count in lattice(small, large, check_same_family(small, large), kept, order)]
+    # At an end of the lattice both are that end.
+    below = max((count for count in counts if count <= n_params), default=min(counts))
+    return below, min((count for count in counts if count >= n_params), default=max(counts))
+
+
 def lattice_config(
     small: PretrainedConfig,
     large: PretrainedConfig,
@@ -345,6 +359,7 @@ __all__ = [
     "format_size",
     "lattice",
     "lattice_config",
+    "neighbouring_sizes",
     "parse_size",
     "plan_config",
     "plan_cut",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,14 @@ from cbd_hf.checkpoint import CheckpointReader
 from cbd_hf.families import check_same_family
 from cbd_hf.initializers import INITIALIZERS, RANDOM, Blueprint, TensorSource
 from cbd_hf.layout import Family, config_with_shape, count_parameters, meta_model, shape_of, weights_of
-from cbd_hf.sizing import corresponding_layers, default_alpha, plan_config, recorded_cut
+from cbd_hf.sizing import (
+    corresponding_layers,
+    default_alpha,
+    format_size,
+    neighbouring_sizes,
+    plan_config,
+    recorded_cut,
+)
 from cbd_hf.transforms import EXPANSIONS, SELECTIONS, Expansion, MostImportant, Trans
 from cbd_hf.transforms.importance import Importance, measure_importance
 
@@ -23,7 +31,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+logger = logging.getLogger(__name__)
+
 FIRST = "first"
+_FAR = 0.02  # of the wanted size; further off it is worth a warning
 CONFIG_KEY = "cbd"
 """The one key under which a target's config records how it was made."""
 
@@ -158,6 +169,8 @@ def open_target(chain: DistillationChain, wish: Wish) -> Iterator[Target]:
         config = config_with_shape(wish.config, shape_of(wish.config, family), family)
     target = shape_of(config, family)
     n_target = count_parameters(config)
+    if abs(n_target - size) > _FAR * size:
+        _warn_far(size, n_target, neighbouring_sizes(small.config, large.config, size, kept, order))
     default = 1.0 if small is large else default_alpha(small.n_params, large.n_params, n_target)
     alpha = by_group(None if isinstance(wish.alpha, str) else wish.alpha, default)
     record: dict[str, Any] = {
@@ -201,6 +214,16 @@ def open_target(chain: DistillationChain, wish: Wish) -> Iterator[Target]:
             del record["alpha"]
         _set_eps(config, family, source, pair)
         yield Target(config, dtype, family, pair, blueprint, source, default, dict(enumerate(maps[1].sources)))
+
+
+def _warn_far(wanted: float, made: int, possible: tuple[int, int]) -> None:
+    below, above = (f"{count:,} ({format_size(count)})" for count in possible)
+    logger.warning(
+        "n_params=%s: the model made has %s parameters, %.1f %% %s; between these anchors the possible sizes next to "
+        "it are %s below and %s above.",
+        f"{wanted:,.0f}", f"{made:,}", 100 * abs(made - wanted) / wanted, "more" if made > wanted else "fewer",
+        below, above,
+    )  # fmt: skip
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -19,8 +22,15 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from trl import SFTConfig, SFTTrainer
 
-from cbd_hf import CBDModel, DistillationChain, plan_config
+from cbd_hf import (
+    CBDModel,
+    DistillationChain,
+    StepwiseDistillationConfig,
+    StepwiseDistillationTrainer,
+    plan_config,
+)
 from cbd_hf.layout import count_parameters
 from cbd_hf.modeling import CONFIG_KEY
 
@@ -448,6 +458,42 @@ def test_dtypes_that_weights_cannot_have(dtype: Any, chain: DistillationChain) -
 @pytest.mark.parametrize("dtype", ["bfloat16", "torch.bfloat16", torch.bfloat16])
 def test_names_of_a_dtype(dtype: Any, chain: DistillationChain) -> None:
     assert CBDModel.from_chain(chain, middle(chain), dtype=dtype).dtype == torch.bfloat16
+
+
+def test_a_size_with_a_unit(chain: DistillationChain, tmp_path: Path) -> None:
+    size = middle(chain)
+    expected = CBDModel.from_chain(chain, size).config.to_dict()
+    assert CBDModel.from_chain(chain, f"{size / 1e3}k").config.to_dict() == expected
+    (config,) = CBDModel.save_from_chain(chain, f"{size / 1e3}k", tmp_path / "one")
+    assert config.cbd["n_params"] == expected["cbd"]["n_params"]
+    with pytest.raises(ValueError, match="n_params='big' is not a number of parameters"):
+        CBDModel.from_chain(chain, "big")
+    with pytest.raises(ValueError, match="finite number"):
+        CBDModel.from_chain(chain, "nan")
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_trainers_find_the_tokenizer(exact: bool, chain: DistillationChain, tmp_path: Path) -> None:
+    model = CBDModel.from_chain(
+        shutil.copytree(chain.path, tmp_path / "moved"), chain.sizes[1] if exact else middle(chain)
+    )
+    rows = Dataset.from_dict({"text": ["w3 w4 w5", "w6 w7"]})
+    options = {"report_to": [], "use_cpu": True, "max_length": 16, "bf16": False}
+    sft = SFTTrainer(model, SFTConfig(str(tmp_path / "sft"), **options), train_dataset=rows)
+    assert sft.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+    stepwise = StepwiseDistillationTrainer(
+        model, chain[0].load_model(), StepwiseDistillationConfig(str(tmp_path / "step"), **options), train_dataset=rows
+    )
+    assert stepwise.processing_class.get_vocab() == tiny_tokenizer().get_vocab()
+    # Where it was found is nowhere in what is saved.
+    model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved").glob("*.json"):
+        assert str(tmp_path) not in path.read_text(), path
+
+
+def test_an_adapter_does_not_name_an_anchor_as_its_base(chain: DistillationChain) -> None:
+    model = get_peft_model(CBDModel.from_chain(chain, middle(chain)), LoraConfig(target_modules=["c_attn"]))
+    assert not model.peft_config["default"].base_model_name_or_path
 
 
 def test_numbers_of_numpy(chain: DistillationChain) -> None:

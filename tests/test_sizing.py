@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig
 
-from cbd_hf import plan_config
+from cbd_hf import CBDModel, DistillationChain, plan_config
 from cbd_hf.families import get_family
 from cbd_hf.layout import Shape, config_with_shape, count_parameters, shape_of
-from cbd_hf.sizing import check_n_params, default_alpha, format_size, plan_cut
+from cbd_hf.sizing import check_n_params, default_alpha, format_size, lattice, neighbouring_sizes, plan_cut
 
-from .models import qwen3_config, tiny_config
+from .models import qwen3_config, random_model, tiny_config
 
 
 # The paper's chain: GPT-2 base, medium and large.
@@ -212,6 +213,35 @@ def test_planning_leaves_the_anchors_configs_alone() -> None:
 def test_outside_the_range(n_params: float) -> None:
     with pytest.raises(ValueError, match=r"124,439,808 \(124.4M\) to 354,823,168 \(354.8M\)"):
         plan_config(*GPT2_CHAIN[:2], n_params)
+
+
+def test_neighbouring_sizes() -> None:
+    small, large = GPT2_CHAIN[:2]
+    counts = sorted(count for _, count in lattice(*GPT2_CHAIN[:2], get_family(small)))
+    index = len(counts) // 2
+    below, above = counts[index], next(count for count in counts if count > counts[index])
+    assert neighbouring_sizes(small, large, below) == (below, below)
+    assert neighbouring_sizes(small, large, below + 1) == (below, above)
+    assert neighbouring_sizes(small, large, 1) == (counts[0], counts[0])
+    assert neighbouring_sizes(small, large, 1e12) == (counts[-1], counts[-1])
+
+
+def test_a_size_that_is_far_off_warns(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    models = [random_model(tiny_config("gpt2", layers=layers)) for layers in (5, 2)]  # sizes one layer apart
+    chain = DistillationChain.from_anchors(models, tmp_path / "chain")
+    large, small = chain.sizes
+    layer = (large - small) // 3
+    made = CBDModel.from_chain(chain, small + 1.4 * layer)
+    assert count_parameters(made.config) == small + layer
+    (record,) = caplog.records
+    assert f"n_params={small + 1.4 * layer:,.0f}: " in record.getMessage()
+    assert f"has {small + layer:,} parameters" in record.getMessage() and "% fewer" in record.getMessage()
+    assert f"are {small + layer:,} (" in record.getMessage() and f"and {small + 2 * layer:,} (" in record.getMessage()
+    caplog.clear()
+    CBDModel.from_chain(chain, small + 1.01 * layer)
+    CBDModel.from_chain(chain, small)
+    CBDModel.from_chain(chain, config=made.config)
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("n_params", [float("nan"), float("inf"), True, "138M", None])

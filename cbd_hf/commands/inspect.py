@@ -17,16 +17,17 @@ def describe_chain(chain: DistillationChain) -> list[dict[str, Any]]:
     """One row per anchor, largest first: size, shape, provenance and measured loss."""
     rows = []
     for anchor in chain:
-        config, stage = anchor.config, anchor.stage or {}
+        config, stage = anchor.config.get_text_config(), anchor.stage or {}
         metrics = stage.get("metrics") or {}
         objective = stage.get("objective") or {}
         rows.append(
             {
                 "name": anchor.name,
                 "n_params": anchor.n_params,
-                "layers": config.num_hidden_layers,
-                "hidden_size": config.hidden_size,
-                "heads": config.num_attention_heads,
+                # A family may lack any of these: Mamba has no heads.
+                "layers": getattr(config, "num_hidden_layers", None),
+                "hidden_size": getattr(config, "hidden_size", None),
+                "heads": getattr(config, "num_attention_heads", None),
                 "teacher": stage.get("teacher"),
                 "objective": objective.get("name") if isinstance(objective, dict) else objective,
                 "steps": stage.get("steps"),

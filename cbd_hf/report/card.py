@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
@@ -10,6 +12,35 @@ if TYPE_CHECKING:
 
 
 _HUB_KEYS = ("license", "license_name", "license_link", "language", "datasets", "base_model")
+_REPO_KEYS = ("datasets", "base_model")
+# The Hub refuses a card that names something else than a repository there.
+_REPO_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_FILE_SUFFIXES = (".bin", ".csv", ".gguf", ".json", ".jsonl", ".parquet", ".safetensors", ".txt", ".yaml", ".yml")
+# Of a recipe's training options, those that say most about what was learnt; chain.json has all of them.
+_TRAINING_OPTIONS = (
+    "objective",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "max_steps",
+    "num_train_epochs",
+    "max_length",
+    "packing",
+    "optim",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "temperature",
+    "lmbda",
+    "cross_entropy_weight",
+    "hidden_loss_weight",
+    "hidden_loss_layers",
+    "teacher_dtype",
+    "bf16",
+    "fp16",
+    "seed",
+)
 _HEADER = (
     "Anchor",
     "Parameters",
@@ -30,8 +61,9 @@ def chain_card(chain: DistillationChain) -> str:
 
     Args:
         chain (`DistillationChain`): the chain. `metadata` may hold `license`, `license_name`, `license_link`,
-            `language`, `datasets`, `base_model`, a `title` and the `repo_id` it will have; an anchor's
-            `stage["metrics"]` may hold `bits_per_byte_before` and `bits_per_byte_after`.
+            `language`, `datasets` and `base_model` (of these two what is not on the Hub goes to the text only), a
+            `title` and the `repo_id` it will have; an anchor's `stage["metrics"]` may hold `bits_per_byte_before` and
+            `bits_per_byte_after`.
 
     Returns:
         `str`: the text of README.md.
@@ -61,8 +93,28 @@ def _front_matter(chain: DistillationChain) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["cbd", "chain-based-distillation", str(chain.family.get("model_type"))],
     }
-    data.update({key: chain.metadata[key] for key in _HUB_KEYS if chain.metadata.get(key)})
+    for key in _HUB_KEYS:
+        value = chain.metadata.get(key)
+        if key in _REPO_KEYS:
+            named = [name for name in _names(value) if _is_repo_id(name)]
+            value = named if isinstance(value, list | tuple) else next(iter(named), None)
+        if value:
+            data[key] = value
     return f"---\n{yaml.safe_dump(data, sort_keys=False, allow_unicode=True).strip()}\n---"
+
+
+def _names(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value] if value else []
+
+
+def _is_repo_id(name: Any) -> bool:
+    """Whether a source looks like a repository on the Hub, and not like something on this machine."""
+    return (
+        isinstance(name, str)
+        and _REPO_ID.fullmatch(name) is not None
+        and not name.lower().endswith(_FILE_SUFFIXES)
+        and not Path(name).exists()
+    )
 
 
 def _table(chain: DistillationChain) -> str:
@@ -123,7 +175,13 @@ def _provenance(chain: DistillationChain) -> str:
         details = {key: value for key, value in (anchor.stage or {}).items() if value is not None}
         if details:
             lines.append(f"- `{_text(anchor.name)}` was distilled: {_text(details)}")
+    for key, label in (("base_model", "Base model"), ("datasets", "Data")):
+        local = [name for name in _names(chain.metadata.get(key)) if not _is_repo_id(name)]
+        if local:
+            lines.append(f"- {label}: {', '.join(map(_local_name, local))}")
     extra = {key: value for key, value in chain.metadata.items() if key not in (*_HUB_KEYS, "title", "repo_id")}
+    if isinstance(extra.get("recipe"), dict):
+        lines += _recipe(extra.pop("recipe"))
     if extra:
         lines.append(f"- Notes: {_text(extra)}")
     if chain.created_with:
@@ -135,11 +193,37 @@ def _provenance(chain: DistillationChain) -> str:
     return "\n".join(lines)
 
 
+def _recipe(recipe: dict[str, Any]) -> list[str]:
+    """A recipe's lines, without what is empty, has a digest in chain.json, or does not matter for what was learnt."""
+    given = {
+        key: value
+        for key, value in recipe.items()
+        if key != "training" and not key.endswith("_sha256") and value not in (None, "", [], {})
+    }
+    lines = [f"- Recipe: {_text(given)}"] if given else []
+    training = recipe.get("training")
+    if isinstance(training, dict):
+        shown = {key: training[key] for key in _TRAINING_OPTIONS if training.get(key) not in (None, "", [], {}, 0, -1)}
+        if "max_steps" in shown:
+            shown.pop("num_train_epochs", None)  # the steps are what counts
+        if shown:
+            lines.append(f"- Training: {_text(shown)}; every option is in `chain.json`.")
+    return lines
+
+
+def _local_name(value: Any) -> str:
+    """The last component of a path: where it lies on the machine that made the chain is nobody's business."""
+    text = _text(value)
+    return text if text.startswith("package:") else Path(text).name or text
+
+
 def _text(value: Any, default: str = "–") -> str:
     """A recorded value as one line that cannot break out of a table cell."""
     if value is None or value == "":
         return default
-    if isinstance(value, bool | str):
+    if isinstance(value, str) and value.startswith(("/", "./", "../", "~/")):
+        text = Path(value).name or value  # a path on the machine that made the chain
+    elif isinstance(value, bool | str):
         text = str(value)
     elif isinstance(value, int):
         text = f"{value:,}" if abs(value) >= 10_000 else str(value)

