@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.data.columns import SOURCE_PROMPTS
 from cbd_hf.distillation.answers.manifest import ENGINES, AnswersSettings
 from cbd_hf.distillation.cache.manifest import DTYPES
@@ -153,16 +154,13 @@ def format_report(report: Any) -> str:
 
 def generate(argv: Sequence[str]) -> None:
     """Parse the options of `cbd bridge generate` (and `--config file.yaml`) and [`run_generate`]."""
-    from trl import TrlParser
-
-    arguments: Any = GenerateArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        GenerateArguments,
+        argv,
         prog="cbd bridge generate",
         usage="cbd bridge generate --source MODEL --dataset DATA --output_dir DIR [--source_prompt chat] ...",
         description=_GENERATE,
     )
-    (args,) = parser.parse_args_and_config(args=list(argv))
     run_generate(args)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.commands.bridge_train import BridgeArguments, checkpoint, load_rows
 from cbd_hf.data.columns import SOURCE_PROMPTS
 from cbd_hf.distillation.cache.manifest import DTYPES, CacheSettings
@@ -63,12 +64,14 @@ def run(args: BridgeCacheArguments) -> Any:
     from cbd_hf.commands.cache import format_report
     from cbd_hf.distillation.bridge.source_cache import collator_of, prepare_pairs, source_rows
     from cbd_hf.distillation.cache.build import build_cache
+    from cbd_hf.distillation.preparation import check_max_length
     from cbd_hf.distillation.teacher import load_config, load_tokenizer
     from cbd_hf.tokenization.limits import Limits
 
     for name in ("source", "output_dir"):
         if not getattr(args, name):
             raise ValueError(f"{name} is needed: give --{name}.")
+    check_max_length(args.max_length)
     settings = CacheSettings(
         k=args.k,
         temperature=args.temperature,
@@ -102,16 +105,13 @@ def run(args: BridgeCacheArguments) -> Any:
 
 def cache(argv: Sequence[str]) -> None:
     """Parse the options of `cbd bridge cache` (and `--config file.yaml`) and [`run`]."""
-    from trl import TrlParser
-
-    arguments: Any = BridgeCacheArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        BridgeCacheArguments,
+        argv,
         prog="cbd bridge cache",
         usage="cbd bridge cache --model M --source S --dataset D --output_dir DIR ...",
         description=_DESCRIPTION,
     )
-    (args,) = parser.parse_args_and_config(args=list(argv))
     run(args)
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.commands.finetune import FinetuneConfig
 from cbd_hf.distillation.answers.filters import AnswerFilters
 from cbd_hf.distillation.bridge.config import SEQUENCE, BridgeDistillationConfig
+from cbd_hf.distillation.preparation import check_max_length, check_rows
 
 
 _DESCRIPTION = """
@@ -64,24 +66,23 @@ class AnswerConfig(FinetuneConfig):
 
 def train(argv: Sequence[str]) -> None:
     """Parse the options of `cbd bridge train` (and `--config file.yaml`), train, and save the bridge."""
-    from trl import TrlParser
-
     on_answers = _method(argv) == SEQUENCE
     classes: Any = (BridgeArguments, BridgeDistillationConfig)
     if on_answers:
         classes = (AnswerArguments, AnswerConfig, AnswerFilters)
-    parser = TrlParser(
-        classes,
-        prog="cbd bridge train",
-        usage="cbd bridge train --model M --source S --dataset D --output_dir O [--method alm|...|sequence] ...",
-        description=_DESCRIPTION,
-    )
     if on_answers and any(argument.split("=", 1)[0] == "--source" for argument in argv):
         raise ValueError(
             f"--source has no place in --method {SEQUENCE}: the answers of `cbd bridge generate` stand for it. Give "
             "them as --dataset, and leave --source out."
         )
-    args, config, *filters = parser.parse_args_and_config(args=list(argv))
+    args, config, *filters = parse_options(
+        classes,
+        argv,
+        prog="cbd bridge train",
+        usage="cbd bridge train --model M --source S --dataset D --output_dir O [--method alm|...|sequence] ...",
+        description=_DESCRIPTION,
+    )
+    check_max_length(config.max_length)
     if on_answers:
         run_on_answers(args, config, *filters)
     else:
@@ -188,7 +189,8 @@ def run_on_answers(args: AnswerArguments, config: AnswerConfig, filters: AnswerF
 
     Raises:
         FileExistsError: `output_dir` holds something.
-        ValueError: the answers are not complete, another training was begun in `output_dir`, or see `SFTTrainer`.
+        ValueError: the answers are not complete, another training was begun in `output_dir`, or see
+            [`check_rows`] and `SFTTrainer`.
     """
     from cbd_hf._files import canonical_digest
     from cbd_hf.distillation.answers.manifest import AnswersManifest
@@ -204,6 +206,7 @@ def run_on_answers(args: AnswerArguments, config: AnswerConfig, filters: AnswerF
     output = _prepared(config)
     model = checkpoint(args.model)
     tokenizer = load_tokenizer(model, None, config.trust_remote_code)
+    check_rows(rows, tokenizer, config)
 
     def learnt() -> dict[str, Any]:
         return {

@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.distillation.builder import build_chain, make_sizes, models_directory
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.preparation import check_max_length
 from cbd_hf.distillation.recipe import BuildArguments
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Build the chain of `--config recipe.yaml`, with overrides on the command line; run again to resume."""
-    from trl import TrlParser
-
     from cbd_hf.commands.inspect import format_chain
 
-    classes: Any = (BuildArguments, StepwiseDistillationConfig)
-    parser = TrlParser(classes, prog="cbd build", description=main.__doc__)
-    args, training = parser.parse_args_and_config(argv)
+    classes = (BuildArguments, StepwiseDistillationConfig)
+    args, training = parse_options(classes, argv, prog="cbd build", description=main.__doc__)
+    check_max_length(training.max_length)
     chain = build_chain(args, training)
     models = make_sizes(chain, args.sizes, models_directory(Path(str(training.output_dir))))  # only where they are
     if training.process_index == 0:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.distillation.cache.manifest import DTYPES, VARIANTS, CacheManifest, CacheSettings
 
 
@@ -83,9 +84,13 @@ class CacheArguments:
     dataset_text_field: str = field(default="text", metadata={"help": "Column of the text."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row, as in the training."})
-    truncation_mode: str = field(default="keep_start", metadata={"help": "As in the training."})
+    truncation_mode: str = field(
+        default="keep_start", metadata={"help": "As in the training.", "choices": ["keep_start", "keep_end"]}
+    )
     packing: bool = field(default=False, metadata={"help": "As in the training."})
-    packing_strategy: str = field(default="bfd", metadata={"help": "As in the training."})
+    packing_strategy: str = field(
+        default="bfd", metadata={"help": "As in the training.", "choices": ["bfd", "bfd_split", "wrapped"]}
+    )
     shuffle_dataset: bool = field(default=False, metadata={"help": "As in the training; matters with packing only."})
     seed: int = field(default=42, metadata={"help": "Of shuffle_dataset, as in the training."})
     completion_only_loss: bool | None = field(default=None, metadata={"help": "As in the training."})
@@ -228,16 +233,13 @@ def format_manifest(manifest: CacheManifest) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line (and `--config file.yaml`) and [`run`]."""
-    from trl import TrlParser
-
-    arguments: Any = CacheArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        CacheArguments,
+        argv,
         prog="cbd cache",
         usage="cbd cache --teacher MODEL --dataset DATA --output_dir DIR [--k 64] ...",
         description=__doc__,
     )
-    (args,) = parser.parse_args_and_config(args=argv)
     run(args)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
+
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +91,10 @@ def run(args: EvaluateArguments) -> dict[str, Any]:
         FileExistsError: `output_file` exists.
     """
     # Data first: a mistake there shows before a large model is loaded.
+    device = _find_device(args.device)
     texts = _load_held_out_texts(args)
     questions = _load_questions(args)
-    model, tokenizer = _load_model(args)
+    model, tokenizer = _load_model(args, device)
     results: dict[str, Any] = {"model": args.model_name_or_path, "parameters": model.num_parameters()}
     if texts is not None:
         from ..evaluation.language_modeling import evaluate_language_modeling
@@ -136,8 +139,7 @@ def _load_questions(args: EvaluateArguments) -> Any:
     return dataset
 
 
-def _load_model(args: EvaluateArguments) -> tuple[Any, Any]:
-    import torch
+def _load_model(args: EvaluateArguments, device: Any) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..data.sources import resolve_checkpoint
@@ -147,8 +149,27 @@ def _load_model(args: EvaluateArguments) -> tuple[Any, Any]:
     name = checkpoint if args.tokenizer_name is None else resolve_checkpoint(args.tokenizer_name)
     tokenizer = AutoTokenizer.from_pretrained(name, **trust)
     model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=args.dtype, **trust)
-    device = args.device or torch.accelerator.current_accelerator() or "cpu"
     return model.to(device), tokenizer
+
+
+def _find_device(name: str | None) -> Any:
+    """The device of that name, by default the GPU if there is one. Raises a `ValueError` if it is not there."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator()
+    if name is None:
+        return accelerator or torch.device("cpu")
+    there = [torch.device("cpu")]
+    if accelerator is not None:
+        there += [torch.device(accelerator.type, index) for index in range(torch.accelerator.device_count())]
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    # Without a number it is the current one.
+    if device is None or (device not in there and device.type not in {d.type for d in there if device.index is None}):
+        raise ValueError(f"device={name!r} is not there: set device to one of {', '.join(map(str, there))}.")
+    return device
 
 
 def _rouge_l(args: EvaluateArguments, model: Any, tokenizer: Any, questions: Any) -> dict[str, Any]:
@@ -206,11 +227,7 @@ def _write_new(path: Path, results: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line (and `--config file.yaml`) and [`run`]."""
-    from trl import TrlParser
-
-    arguments: Any = EvaluateArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(arguments, prog="cbd evaluate", description=__doc__)
-    (args,) = parser.parse_args_and_config(args=argv)
+    (args,) = parse_options(EvaluateArguments, argv, prog="cbd eval", description=__doc__)
     run(args)
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from trl import ModelConfig, SFTConfig
 
+from cbd_hf.commands.arguments import parse_options
+
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ class FinetuneArguments:
     max_examples: int | None = field(default=None, metadata={"help": "Use the first examples of dataset only."})
     eval_size: int | None = field(
         default=None,
-        metadata={"help": "Hold this many examples out of the training, for cbd evaluate and for eval_strategy."},
+        metadata={"help": "Hold this many examples out of the training, for cbd eval and for eval_strategy."},
     )
     split_seed: int = field(default=0, metadata={"help": "Decides which examples are held out."})
     max_prompt_tokens: int | None = field(
@@ -70,6 +72,7 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
     """
     from trl import SFTTrainer, get_peft_config
 
+    from ..distillation.preparation import check_rows
     from ..distillation.resuming import save_whole, train_resumably
 
     _check(args, config, model_config)
@@ -78,6 +81,7 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
     if held_out is None and config.eval_strategy != "no":
         raise ValueError(f"eval_strategy={config.eval_strategy} needs held-out examples; set eval_size.")
     config.completion_only_loss = True
+    check_rows(train, tokenizer, config)
     trainer = SFTTrainer(
         model=model,
         args=config,
@@ -98,12 +102,15 @@ def run(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -
 
 
 def _check(args: FinetuneArguments, config: SFTConfig, model_config: ModelConfig) -> None:
+    from ..distillation.preparation import check_max_length
+
     if model_config.model_name_or_path is None:
         raise ValueError("No model to fine-tune: set model_name_or_path.")
     if args.merge_adapter and not model_config.use_peft:
         raise ValueError("merge_adapter needs an adapter: set use_peft, or leave merge_adapter out.")
     if model_config.load_in_4bit or model_config.load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are not supported here; use trl sft for QLoRA.")
+    check_max_length(config.max_length)
     output = Path(str(config.output_dir))
     # Only the first process looks: a slower one could already see what the first has written.
     if config.process_index == 0 and _resume_point(config) is None and output.is_dir() and any(output.iterdir()):
@@ -154,7 +161,7 @@ def _load_data(args: FinetuneArguments, tokenizer: Any) -> tuple[Any, Any]:
     dataset = load_instructions(args.dataset, split=args.dataset_split, max_examples=args.max_examples)
     held_out = None
     if args.eval_size is not None:
-        # Divided before long prompts are dropped, so that cbd evaluate finds the same division without a tokenizer.
+        # Divided before long prompts are dropped, so that cbd eval finds the same division without a tokenizer.
         dataset, held_out = split_instructions(dataset, args.eval_size, args.split_seed)
     if args.max_prompt_tokens is not None:
         dataset = drop_long_prompts(dataset, args.max_prompt_tokens, tokenizer)
@@ -176,11 +183,8 @@ def _save_merged(directory: Path, tokenizer: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line (and `--config file.yaml`) and [`run`]."""
-    from trl import TrlParser
-
-    arguments: Any = (FinetuneArguments, FinetuneConfig, ModelConfig)  # the annotation of TrlParser accepts no class
-    parser = TrlParser(arguments, prog="cbd finetune", description=__doc__)
-    args, config, model_config = parser.parse_args_and_config(args=argv)
+    classes = (FinetuneArguments, FinetuneConfig, ModelConfig)
+    args, config, model_config = parse_options(classes, argv, prog="cbd finetune", description=__doc__)
     run(args, config, model_config)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cbd_hf.alphas import AUTO, check_alpha
-from cbd_hf.commands.arguments import chain_first
+from cbd_hf.commands.arguments import chain_first, parse_options
 from cbd_hf.initializers import INITIALIZERS, RANDOM
 from cbd_hf.sizing import parse_size, size_name
 
@@ -218,16 +218,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make models of one or several sizes from a chain, in seconds."""
     import sys
 
-    from trl import TrlParser
-
-    arguments: Any = InitArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        InitArguments,
+        chain_first(sys.argv[1:] if argv is None else argv, "--target_config"),
+        lists=["n_params"],
         prog="cbd init",
         usage="cbd init CHAIN --n_params 138e6 --output_dir DIR ...",
         description=main.__doc__,
     )
-    (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--target_config"))
     run(args)
 
 

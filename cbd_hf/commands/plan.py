@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cbd_hf.commands.arguments import chain_first
+from cbd_hf.commands.arguments import chain_first, parse_options
 
 
 if TYPE_CHECKING:
@@ -464,16 +464,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     import sys
 
-    from trl import TrlParser
-
-    arguments: Any = PlanArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        PlanArguments,
+        chain_first(sys.argv[1:] if argv is None else argv, "--configs"),
+        lists=["configs", "n_params", "zero_stage", "world_size"],
         prog="cbd plan",
         usage="cbd plan CHAIN [--n_params 138e6,220e6] ...",
         description=main.__doc__,
     )
-    (args,) = parser.parse_args_and_config(chain_first(sys.argv[1:] if argv is None else argv, "--configs"))
     run(args)
 
 

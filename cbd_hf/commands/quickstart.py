@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cbd_hf._files import atomic_write_text, check_output_directory
+from cbd_hf.commands.arguments import parse_options
 from cbd_hf.distillation.config import StepwiseDistillationConfig
+from cbd_hf.distillation.preparation import check_max_length
 
 
 logger = logging.getLogger(__name__)
@@ -359,11 +361,9 @@ def format_report(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Distil a small chain from a real model, build sizes in between, and compare them with other starts."""
-    from trl import TrlParser
-
-    classes: Any = (QuickstartArguments, StepwiseDistillationConfig)
-    parser = TrlParser(classes, prog="cbd quickstart", description=main.__doc__)
-    args, training = parser.parse_args_and_config(argv)
+    classes = (QuickstartArguments, StepwiseDistillationConfig)
+    args, training = parse_options(classes, argv, prog="cbd quickstart", description=main.__doc__)
+    check_max_length(training.max_length)
     report = run(args, training)
     print(format_report(report))
 

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cbd_hf.commands.arguments import parse_options
+
 
 @dataclass
 class TransplantArguments:
@@ -89,16 +91,13 @@ def run(args: TransplantArguments) -> Any:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line (and `--config file.yaml`) and [`run`]."""
-    from trl import TrlParser
-
-    arguments: Any = TransplantArguments  # the annotation of TrlParser accepts no class
-    parser = TrlParser(
-        arguments,
+    (args,) = parse_options(
+        TransplantArguments,
+        argv,
         prog="cbd transplant",
         usage="cbd transplant --model MODEL --tokenizer TOKENIZER --output_dir DIR [--method mean] ...",
         description=__doc__,
     )
-    (args,) = parser.parse_args_and_config(args=argv)
     run(args)
 
 

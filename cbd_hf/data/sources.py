@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
+import gzip
 import hashlib
 import importlib.util
+import json
 import logging
+import lzma
 import os
 import shutil
 import tempfile
+import zlib
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +33,10 @@ PACKAGE_PREFIX = "package:"
 _CONVERSION_VERSION = 1
 _COMPRESSIONS = {".gz", ".xz", ".bz2", ".zst"}
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+_OPENERS: dict[str, Callable[..., Any]] = {".jsonl": open, ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+# What reading a file raises that is cut off, not of its name's compression, or not in UTF-8.
+_BROKEN = (EOFError, UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError, zlib.error)
+_EMPTY = "{source} holds no rows in split {split!r}. Give other data, or another split."
 
 
 class _Package(NamedTuple):
@@ -80,12 +91,32 @@ def load_split(
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: an unknown file type, a split that is not there, or `max_rows` below 1.
+        ValueError: an unknown file type, a file that is broken or without rows, a split that is not there, or
+            `max_rows` below 1.
     """
-    from datasets import load_dataset
-
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"The number of rows to load must be at least 1, got {max_rows}.")
+    from datasets.exceptions import DatasetGenerationError
+    from pyarrow import ArrowInvalid
+
+    try:
+        loaded = _load(source, split, max_rows, options)
+    except StopIteration:  # datasets found nothing to tell the columns from
+        raise ValueError(_EMPTY.format(source=source, split=split)) from None
+    except (DatasetGenerationError, ArrowInvalid, *_BROKEN) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and not isinstance(cause, _BROKEN):
+            raise cause from error  # such as a full disk: the file is not to blame
+        reason = _broken_line(Path(source).expanduser()) or cause
+        raise ValueError(f"{source} cannot be read: {' '.join(str(reason).split())}") from error
+    if not len(loaded):
+        raise ValueError(_EMPTY.format(source=source, split=split))
+    return loaded
+
+
+def _load(source: str | os.PathLike[str], split: str, max_rows: int | None, options: dict[str, Any]) -> Dataset:
+    from datasets import load_dataset
+
     path = Path(source).expanduser()
     if path.is_file():
         # Escaped: load_dataset would read stars and brackets of the name as a pattern.
@@ -99,6 +130,26 @@ def load_split(
     else:
         loaded = load_dataset(str(source), split=split, **options)
     return loaded if max_rows is None else loaded.select(range(min(max_rows, len(loaded))))
+
+
+def _broken_line(path: Path) -> str | None:
+    """Which line of a `.jsonl` file is no JSON, and why."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if not path.is_file() or ".jsonl" not in suffixes[-2:]:
+        return None
+    if suffixes[-1] not in _OPENERS:
+        return None
+    try:
+        with _OPENERS[suffixes[-1]](path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    if line.strip():
+                        json.loads(line.rstrip())
+                except json.JSONDecodeError as error:
+                    return f"line {number} is no JSON ({error.msg} at character {error.colno}). Correct that line."
+    except _BROKEN:
+        pass  # broken in another way, which datasets has told
+    return None
 
 
 def _builder(path: Path) -> str:

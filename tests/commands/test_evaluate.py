@@ -1,4 +1,4 @@
-"""`cbd evaluate`: one call, a table and a JSON file."""
+"""`cbd eval`: one call, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -77,3 +77,17 @@ def test_published_protocol_is_the_default_and_the_recipe() -> None:
     assert default.seeds == [10, 20, 30, 40, 50] and default.no_repeat_ngram_size == 6
     training = yaml.safe_load((RECIPES / "configs" / "finetune_dolly.yaml").read_text())
     assert [training[name] for name in ("eval_size", "split_seed")] == [recipe["eval_size"], recipe["split_seed"]]
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "gpu", "meta"])
+def test_absent_device(device: str, files: Path) -> None:
+    args = EvaluateArguments(str(files / "model"), texts=str(files / "prose.txt"), device=device)
+    with pytest.raises(ValueError, match=f"device='{device}' is not there: set device to one of cpu"):
+        run(args)
+
+
+def test_named_as_it_is_called(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--max_length", "long"])
+    error = capsys.readouterr().err
+    assert error.startswith("usage: cbd eval [-h]") and "cbd eval: error: argument --max_length" in error

@@ -143,6 +143,8 @@ def test_contradictions_are_named(files: Path, tmp_path: Path) -> None:
         main([*arguments, "--load_in_4bit", "--use_peft"])
     with pytest.raises(ValueError, match="set model_name_or_path"):
         main(arguments[2:])
+    with pytest.raises(ValueError, match="No row of the dataset keeps a supervised token within max_length=3"):
+        main([*arguments, "--max_length", "3"])
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine has an accelerator")

@@ -148,3 +148,44 @@ def test_split_by_another_column() -> None:
 
 def test_rows_connected_through_others_stay_together() -> None:
     assert split_rows([["a"], ["a", "b"], ["b"], ["c"]], 1, seed=0) == ([0, 1, 2], [3])
+
+
+def test_no_such_column_names_the_option(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"body": "a"}\n')
+    with pytest.raises(ValueError, match=r"has no column 'text'; it has body. Set dataset_text_field \(text_field in"):
+        load_texts(path)
+
+
+@pytest.mark.parametrize(("values", "row"), [([5, 6], 0), (["a", None, 5], 2), (["a", ["b"]], 1)])
+def test_no_text_in_the_column(values: list[Any], row: int, tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps({"body": value}) + "\n" for value in values))
+    expected = f"data.jsonl holds .* instead of text in column 'body' of row {row}. Set dataset_text_field"
+    with pytest.raises(ValueError, match=expected):
+        load_texts(path, text_field="body")
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json", "data.jsonl.xz", "data.txt", "data.csv"])
+def test_empty_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(lzma.compress(b"") if name.endswith(".xz") else b"")
+    with pytest.raises(ValueError, match=f"{name} (holds no rows|cannot be read)"):
+        load_texts(path)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.xz"])
+def test_broken_line(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    lines = b'{"text": "a"}\n\n{"text": "b"\n{"text": "c"}\n'
+    path.write_bytes(lzma.compress(lines) if name.endswith(".xz") else lines)
+    with pytest.raises(ValueError, match=f"{name} cannot be read: line 3 is no JSON .* at character 13"):
+        load_texts(path)
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.parquet", "data.jsonl.gz"])
+def test_broken_file(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'[{"text": "a"}, {"text"\n')
+    with pytest.raises(ValueError, match=f"{name} cannot be read: ."):
+        load_texts(path)

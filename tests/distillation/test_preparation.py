@@ -14,6 +14,7 @@ from cbd_hf.distillation.cache.keys import keys_of
 from cbd_hf.distillation.preparation import prepare_rows
 
 from ..models import answers_dataset, tiny_tokenizer
+from . import helpers
 from .cache.helpers import build, make_trainer, save_teacher, training_config
 
 
@@ -98,3 +99,58 @@ def test_mistakes(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="no rows"):
         prepare_rows(answers_dataset(2).select([]), tiny_tokenizer(), training_config(tmp_path))
+
+
+LONG = {"prompt": "w1 w2 w3 w4 w5", "completion": " w6"}
+LONG_CASES = {
+    "answers": LONG,
+    "chat answers": {"prompt": [turn("user", LONG["prompt"])], "completion": [turn("assistant", "w6")]},
+    "messages": {"messages": [turn("user", LONG["prompt"]), turn("assistant", "w6")]},
+    "tokens": {"input_ids": [7, 8, 9, 10, 11], "labels": [-100, -100, -100, -100, 11]},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LONG_CASES))
+def test_nothing_supervised_is_left(kind: str, tmp_path: Path) -> None:
+    rows = Dataset.from_list([LONG_CASES[kind]] * 3)
+    expected = 'keeps a supervised token within max_length=4: raise max_length, or set truncation_mode="keep_end"'
+    with pytest.raises(ValueError, match=expected):
+        prepare_rows(rows, tiny_tokenizer(), training_config(tmp_path, max_length=4))
+    with pytest.raises(ValueError, match=expected):
+        make_trainer(tmp_path, rows, max_length=4)
+    config = training_config(tmp_path, max_length=4, truncation_mode="keep_end")
+    assert len(prepare_rows(rows, tiny_tokenizer(), config)) == 3
+
+
+def test_one_row_is_left(tmp_path: Path) -> None:
+    rows = Dataset.from_list([LONG, LONG, {"prompt": "w1", "completion": " w2"}])
+    assert len(prepare_rows(rows, tiny_tokenizer(), training_config(tmp_path, max_length=4))) == 1
+    # All of a row counts, so that something is left of each.
+    config = training_config(tmp_path, max_length=4, completion_only_loss=False)
+    assert len(prepare_rows(rows, tiny_tokenizer(), config)) == 3
+
+
+@pytest.mark.parametrize("max_length", [0, 1])
+def test_too_short_rows(max_length: int, tmp_path: Path) -> None:
+    config = training_config(tmp_path, max_length=max_length)
+    with pytest.raises(ValueError, match=f"max_length={max_length} must be at least 2"):
+        prepare_rows(Dataset.from_list(TEXTS), tiny_tokenizer(), config)
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="The dataset has no rows"):
+        prepare_rows(Dataset.from_dict({"text": []}), tiny_tokenizer(), training_config(tmp_path))
+
+
+@pytest.mark.parametrize("row", [{"text": 5}, {"prompt": "w1", "completion": 5}])
+def test_no_text(row: dict[str, Any], tmp_path: Path) -> None:
+    column = "text" if "text" in row else "completion"
+    with pytest.raises(ValueError, match=f"Column '{column}' of the dataset holds 5 in row 0, which is not text"):
+        make_trainer(tmp_path, Dataset.from_list([row]))
+
+
+def test_a_trainer_without_rows(tmp_path: Path) -> None:
+    empty = answers_dataset(2).select([])
+    for rows, evaluated in ((empty, None), (answers_dataset(2), empty)):
+        with pytest.raises(ValueError, match="The dataset has no rows"):
+            helpers.make_trainer(tmp_path, rows, eval_dataset=evaluated)
