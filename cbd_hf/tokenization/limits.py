@@ -53,15 +53,15 @@ def within_positions(max_length: int | None, positions: int | None) -> int | Non
     Most tokens of a row within the models' positions.
 
     Args:
-        max_length (`int`, *optional*): the default (1024) and `None` are lowered to the positions.
+        max_length (`int`, *optional*): the default (1024) is lowered to the positions; `None` cuts no row, and stays.
         positions (`int`, *optional*): from [`fixed_positions`].
 
     Raises:
         ValueError: a length that was asked for is more than the positions.
     """
-    if positions is None or (max_length is not None and max_length <= positions):
+    if positions is None or max_length is None or max_length <= positions:
         return max_length
-    if max_length not in (None, DEFAULT_MAX_LENGTH):
+    if max_length != DEFAULT_MAX_LENGTH:
         raise ValueError(f"max_length={max_length} is more than the {positions} positions of the models: lower it.")
     logger.info("max_length is %d, the positions of the models.", positions)
     return positions
