@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
+from cbd_hf._files import explain_full_disk
 from cbd_hf._loading import plain_loading
 from cbd_hf.data.sources import resolve_checkpoint
 from cbd_hf.distillation.records import ShardRecord
@@ -58,11 +59,17 @@ def make_shards(
         make (`Callable`): writes the shard of a number with some rows, and describes it.
         description (`str`): before the progress bar.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar.
+
+    Raises:
+        DiskFullError: no space is left. Other errors are those of `make`.
     """
     first = len(manifest.shards)
     parts = [todo[start : start + size] for start in range(0, len(todo), size)]
     silent = not (progress and state.is_main_process)
-    with tqdm(total=len(todo), desc=description, unit="row", disable=silent) as bar:
+    with (
+        explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."),
+        tqdm(total=len(todo), desc=description, unit="row", disable=silent) as bar,
+    ):
         for begin in range(0, len(parts), state.num_processes):
             mine = begin + state.process_index
             outcome: ShardRecord | Exception | None = None

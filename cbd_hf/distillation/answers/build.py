@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from cbd_hf._files import atomic_write_text, explain_full_disk, is_staging, sha256_of
+from cbd_hf._files import atomic_write_text, is_staging, sha256_of
 from cbd_hf._manifest import package_versions
 from cbd_hf.distillation.answers.engines import Engine, TransformersEngine, VllmEngine, check_engine, engine_version
 from cbd_hf.distillation.answers.manifest import (
@@ -142,17 +142,9 @@ def build_answers(
             )
             keys = sample_keys(encoded, settings.n)
             writer = _ShardWriter(directory, engine, manifest, tokenizer, prompts, rows, encoded, keys)
-            with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
-                make_shards(
-                    state,
-                    directory,
-                    manifest,
-                    todo,
-                    settings.shard_rows,
-                    writer,
-                    description="Answers",
-                    progress=progress,
-                )
+            make_shards(
+                state, directory, manifest, todo, settings.shard_rows, writer, description="Answers", progress=progress
+            )
         seconds = time.perf_counter() - started
         manifest.complete = True
         on_main(state, lambda: _finish(directory, manifest, prompts.kind))

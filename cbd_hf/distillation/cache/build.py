@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from accelerate import PartialState
 
-from cbd_hf._files import explain_full_disk
 from cbd_hf._manifest import package_versions
 from cbd_hf.distillation.cache.keys import KeyIndex, Keys, iter_rows, keys_of
 from cbd_hf.distillation.cache.manifest import (
@@ -155,17 +154,9 @@ def build_cache(
                 runner.fill(buffer, list(iter_rows(prepared.select(chosen))))
                 return write_shard(directory, index, buffer)
 
-            with explain_full_disk(directory, "Free some space and run the same again: whole shards are kept."):
-                make_shards(
-                    state,
-                    directory,
-                    manifest,
-                    todo,
-                    settings.shard_rows,
-                    make,
-                    description="Teacher",
-                    progress=progress,
-                )
+            make_shards(
+                state, directory, manifest, todo, settings.shard_rows, make, description="Teacher", progress=progress
+            )
         seconds = time.perf_counter() - started
         on_main(state, lambda: _finish(directory, manifest, _digest(content)))
     added = manifest.tokens - before[1]
