@@ -180,6 +180,12 @@ def inspect_model(model: PreTrainedModel, label: str) -> Candidate:
 
 
 def read_config(directory: Path, label: str) -> PretrainedConfig:
+    """
+    The config of a checkpoint directory that holds a stock causal language model.
+
+    Raises:
+        ValueError: no usable config, an adapter, quantized weights, remote code, or no causal language model.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from cbd_hf.commands.arguments import parse_options
 from cbd_hf.distillation.builder import build_chain, make_sizes, models_directory
 from cbd_hf.distillation.config import StepwiseDistillationConfig
-from cbd_hf.distillation.preparation import check_max_length
 from cbd_hf.distillation.recipe import BuildArguments
 
 
@@ -16,7 +15,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     classes = (BuildArguments, StepwiseDistillationConfig)
     args, training = parse_options(classes, argv, prog="cbd build", description=main.__doc__)
-    check_max_length(training.max_length)
     chain = build_chain(args, training)
     models = make_sizes(chain, args.sizes, models_directory(Path(str(training.output_dir))))  # only where they are
     if training.process_index == 0:

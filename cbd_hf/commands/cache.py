@@ -84,13 +84,9 @@ class CacheArguments:
     dataset_text_field: str = field(default="text", metadata={"help": "Column of the text."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
     max_length: int | None = field(default=1024, metadata={"help": "Tokens of a row, as in the training."})
-    truncation_mode: str = field(
-        default="keep_start", metadata={"help": "As in the training.", "choices": ["keep_start", "keep_end"]}
-    )
+    truncation_mode: str = field(default="keep_start", metadata={"help": "As in the training."})
     packing: bool = field(default=False, metadata={"help": "As in the training."})
-    packing_strategy: str = field(
-        default="bfd", metadata={"help": "As in the training.", "choices": ["bfd", "bfd_split", "wrapped"]}
-    )
+    packing_strategy: str = field(default="bfd", metadata={"help": "As in the training."})
     shuffle_dataset: bool = field(default=False, metadata={"help": "As in the training; matters with packing only."})
     seed: int = field(default=42, metadata={"help": "Of shuffle_dataset, as in the training."})
     completion_only_loss: bool | None = field(default=None, metadata={"help": "As in the training."})

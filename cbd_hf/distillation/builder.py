@@ -222,7 +222,7 @@ def _check_options(training: StepwiseDistillationConfig) -> None:
         "teacher_model_name_or_path": "the source and each anchor are the teachers in turn: name `source`",
         "resume_from_checkpoint": "the same command goes on where it was",
         "push_to_hub": "push the finished chain: DistillationChain.from_pretrained(output_dir).push_to_hub(...)",
-        "do_eval": "each anchor is measured before and after its stage: see eval_documents",
+        "do_eval": "leave eval_strategy out, each anchor is measured before and after its stage (eval_documents)",
     }
     for name, remedy in remedies.items():
         if getattr(training, name, None):

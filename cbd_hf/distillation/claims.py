@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -52,7 +52,8 @@ def claimed(directory: Path, state: PartialState) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # Windows keeps a file that is open; an empty one then stays
+                path.unlink()
             lock.release()
 
 

@@ -19,6 +19,7 @@ from cbd_hf.distillation.cache.reader import TeacherCache
 from cbd_hf.distillation.config import StepwiseDistillationConfig
 from cbd_hf.distillation.cutting import SHAPE_OPTIONS
 from cbd_hf.distillation.options import typed_options
+from cbd_hf.distillation.preparation import check_max_length
 from cbd_hf.sizing import parse_size
 
 
@@ -126,6 +127,7 @@ class BuildArguments:
 
 def check_recipe(args: BuildArguments, training: StepwiseDistillationConfig) -> None:
     """Raise a `ValueError` for anything in the recipe that can be found wrong without loading a model."""
+    check_max_length(training.max_length)
     if not args.anchors:
         raise ValueError("The recipe names no anchors: list at least one under `anchors`.")
     if not isinstance(args.anchors, list) or not all(isinstance(anchor, dict) for anchor in args.anchors):

@@ -298,7 +298,7 @@ def test_an_anchor_with_other_tokens_is_refused(material: dict[str, str], tmp_pa
         ({"push_to_hub": True}, "push_to_hub=True has no meaning in a build; push the finished chain"),
         ({"resume_from_checkpoint": "last"}, "resume_from_checkpoint='last' has no meaning in a build"),
         ({"teacher_model_name_or_path": "gpt2"}, "teacher_model_name_or_path='gpt2' has no meaning in a build"),
-        ({"eval_strategy": "steps"}, "do_eval=True has no meaning in a build; each anchor is measured"),
+        ({"eval_strategy": "steps"}, "do_eval=True has no meaning in a build; leave eval_strategy out"),
     ],
 )
 def test_options_without_meaning(
