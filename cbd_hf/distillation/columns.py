@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from cbd_hf.distillation.config import StepwiseDistillationConfig
 
 
+NO_ROWS = "The dataset has no rows. Choose another split, or raise the limit on documents."
+
+
 def check_datasets(args: StepwiseDistillationConfig, train: Any, evaluated: Any = None) -> None:
     """
     Raise unless datasets have columns that the options can work with.
@@ -30,7 +33,7 @@ def check_datasets(args: StepwiseDistillationConfig, train: Any, evaluated: Any 
         if dataset is None:
             continue
         if hasattr(dataset, "__len__") and not len(dataset):
-            raise ValueError("The dataset has no rows. Choose another split, or raise the limit on documents.")
+            raise ValueError(NO_ROWS)
         kind = dataset_kind(list(dataset.column_names or next(iter(dataset))), args.dataset_text_field)
         if kind == "text" and args.lmbda > 0:
             raise ValueError(
@@ -87,4 +90,4 @@ def supervise_turns(
     )
 
 
-__all__ = ["check_datasets", "supervise_turns", "tokenize_turns"]
+__all__ = ["NO_ROWS", "check_datasets", "supervise_turns", "tokenize_turns"]

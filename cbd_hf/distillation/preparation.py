@@ -14,10 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer, get_training_chat_template
 
 from cbd_hf.data.columns import IGNORED, dataset_kind
-from cbd_hf.distillation.columns import supervise_turns
-
-
-_NO_ROWS = "The dataset has no rows. Choose another split, or raise the limit on documents."
+from cbd_hf.distillation.columns import NO_ROWS, supervise_turns
 
 
 def supervise_conversations(
@@ -60,7 +57,7 @@ def check_rows(dataset: Dataset | IterableDataset, tokenizer: PreTrainedTokenize
     if not isinstance(dataset, Dataset):
         return
     if not len(dataset):
-        raise ValueError(_NO_ROWS)
+        raise ValueError(NO_ROWS)
     kind = dataset_kind(list(dataset.column_names), args.dataset_text_field)
     _check_texts(dataset, kind, args.dataset_text_field)
     _check_supervised(dataset, kind, tokenizer, args)
@@ -150,7 +147,7 @@ def prepare_rows(
         return dataset
     sample: Any = next(iter(dataset), None)
     if sample is None:
-        raise ValueError(_NO_ROWS)
+        raise ValueError(NO_ROWS)
     tokenizer = with_options(tokenizer, args)
     rows = supervise_conversations(dataset, tokenizer, args, formatting_func)
     only = args.completion_only_loss
